@@ -1,0 +1,345 @@
+"""The operator's command line: `python -m api COMMAND`. Its output is tab-separated, for shells.
+
+Every command is an edge like an endpoint: parse, one transaction over the same functions, print.
+"""
+
+import argparse
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+
+from storage import accounts, ledger, objects, tasks
+from storage.accounts import CREATES_PER_MINUTE
+from storage.database import transaction
+from storage.errors import ServiceError, ServiceUnavailable, StorageUnavailable
+from storage.models import Account, TaskStatus
+from storage.settings import settings
+
+DEMO_CREDITS = Decimal(1500)
+ROOT = Path(__file__).parent.parent
+ACTOR = "cli"
+
+
+def serve(args: argparse.Namespace) -> None:
+    """Answer HTTP on ZIMAGE_HOST and ZIMAGE_PORT until SIGTERM."""
+    import uvicorn
+
+    from api.app import create_app
+    from api.settings import settings as api_settings
+    from storage.logs import configure
+
+    configure("api")
+    _check_image_store()
+    uvicorn.run(
+        create_app(),
+        host=api_settings.host,
+        port=api_settings.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=30,
+    )
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Bring the database to the newest schema and make the bucket."""
+    import alembic.command
+    from alembic.config import Config
+
+    with transaction() as session:  # a database that does not answer is said in one sentence
+        session.connection()
+    alembic.command.upgrade(Config(toml_file=ROOT / "pyproject.toml"), "head")
+    _check_image_store()
+    objects.make_bucket()
+
+
+def _check_image_store() -> None:
+    try:
+        objects.check()
+    except objects.TemporaryCredentials as error:
+        sys.exit(str(error))
+    except StorageUnavailable:
+        return  # it may come; `/ready` tells
+
+
+def demo_credentials(args: argparse.Namespace) -> None:
+    """On the first start, make a demo account and an operator, and write their keys to a file."""
+    if args.path.exists():
+        return
+    with transaction() as session:
+        demo = accounts.create(session, "demo")
+        ledger.grant(session, demo.id, DEMO_CREDITS, actor=ACTOR, note="demo credits")
+        _, api_key = accounts.issue_key(session, demo.id, name="demo", requests_per_minute=None)
+        operator = accounts.create(session, "operator")
+        _, admin_key = accounts.issue_key(
+            session, operator.id, name="operator", admin=True, requests_per_minute=None
+        )
+        # Before the commit: without the file nobody would ever know the keys.
+        text = (
+            f"ZIMAGE_API_KEY={api_key}\nZIMAGE_ADMIN_KEY={admin_key}\n"
+            f"ZIMAGE_ACCOUNT_ID={demo.id}\nZIMAGE_CALLBACK_SECRET={demo.callback_secret}\n"
+        )
+        descriptor = os.open(args.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+
+
+def create_account(args: argparse.Namespace) -> None:
+    """Create an account and print its id."""
+    with transaction() as session:
+        account = accounts.create(
+            session, args.name, user_group=args.group, unfinished_max=args.unfinished_max
+        )
+    print(account.id)
+
+
+def list_accounts(args: argparse.Namespace) -> None:
+    """Print id, name, group, balance, reserved and whether it is suspended, newest first."""
+    with transaction() as session:
+        rows = accounts.newest(session, before=None, limit=args.limit)
+    _table(
+        (a.id, a.name, a.user_group, _amount(a.balance), _amount(a.reserved), _state(a))
+        for a in rows
+    )
+
+
+def suspend_account(args: argparse.Namespace) -> None:
+    """Refuse every request of an account, within a second."""
+    with transaction() as session:
+        accounts.change(session, args.account, suspended=True)
+
+
+def resume_account(args: argparse.Namespace) -> None:
+    """End an account's suspension."""
+    with transaction() as session:
+        accounts.change(session, args.account, suspended=False)
+
+
+def issue_key(args: argparse.Namespace) -> None:
+    """Issue a key; print its id and the key, which is shown only now."""
+    expires_at = None
+    if args.expires_in_days is not None:
+        expires_at = datetime.now(UTC) + timedelta(days=args.expires_in_days)
+    with transaction() as session:
+        key, secret = accounts.issue_key(
+            session,
+            args.account,
+            name=args.name,
+            models=args.model,
+            admin=args.admin,
+            requests_per_minute=args.requests_per_minute,
+            expires_at=expires_at,
+        )
+    print(f"{key.id}\t{secret}")
+
+
+def list_keys(args: argparse.Namespace) -> None:
+    """Print id, prefix, name, admin, expiry, revocation and last use of an account's keys."""
+    with transaction() as session:
+        rows = accounts.keys(session, args.account, before=None, limit=args.limit)
+    _table(
+        (
+            key.id,
+            key.prefix,
+            key.name,
+            "admin" if key.admin else "",
+            _moment(key.expires_at),
+            _moment(key.revoked_at),
+            _moment(key.last_used_at),
+        )
+        for key in rows
+    )
+
+
+def rotate_key(args: argparse.Namespace) -> None:
+    """Replace a key; the old one stays valid for the overlap. Print the new id and key."""
+    with transaction() as session:
+        key, secret = accounts.rotate_key(
+            session, args.key, overlap=timedelta(hours=args.overlap_hours)
+        )
+    print(f"{key.id}\t{secret}")
+
+
+def revoke_key(args: argparse.Namespace) -> None:
+    """End a key, within a second."""
+    with transaction() as session:
+        accounts.revoke_key(session, args.key)
+
+
+def callback_secret(args: argparse.Namespace) -> None:
+    """Print the secret that signs an account's callbacks; with --rotate, a new one."""
+    with transaction() as session:
+        if args.rotate:
+            account = accounts.rotate_callback_secret(
+                session, args.account, overlap=timedelta(hours=args.overlap_hours)
+            )
+        else:
+            account = accounts.get(session, args.account)
+    print(account.callback_secret)
+
+
+def credit(args: argparse.Namespace) -> None:
+    """Top up an account, or adjust it with a negative amount; print what it can spend."""
+    with transaction() as session:
+        entry, _ = ledger.grant(
+            session,
+            args.account,
+            args.amount,
+            actor=ACTOR,
+            note=args.note,
+            idempotency_key=args.idempotency_key,
+        )
+        account = accounts.get(session, entry.account_id)
+    print(f"{account.id}\t{_amount(account.balance - account.reserved)}")
+
+
+def read_ledger(args: argparse.Namespace) -> None:
+    """Print entries, newest first: time, account, kind, amount, balance, actor, task, note."""
+    with transaction() as session:
+        rows = ledger.entries(session, args.account, before=None, limit=args.limit)
+    _table(
+        (
+            _moment(entry.created_at),
+            entry.account_id,
+            entry.kind,
+            _amount(entry.amount),
+            _amount(entry.balance_after),
+            entry.actor,
+            entry.task_id or "",
+            entry.note or "",
+        )
+        for entry in rows
+    )
+
+
+def list_tasks(args: argparse.Namespace) -> None:
+    """Print tasks, newest first: id, account, status, progress, attempt, price, error."""
+    with transaction() as session:
+        rows = tasks.newest(
+            session, account_id=args.account, status=args.status, before=None, limit=args.limit
+        )
+    _table(
+        (t.id, t.account_id, t.status, t.progress, t.attempt, _amount(t.price), t.error_code or "")
+        for t in rows
+    )
+
+
+def check_books(args: argparse.Namespace) -> None:
+    """Prove that the books balance; print every fault and exit with 1 if they do not."""
+    with transaction() as session:
+        books = ledger.check_books(session)
+    for fault in books.faults:
+        print(fault)
+    print(f"{books.accounts} accounts, {len(books.faults)} faults")
+    if not books.balanced:
+        sys.exit(1)
+
+
+def _table(rows: Iterable[tuple[object, ...]]) -> None:
+    for row in rows:
+        print(*row, sep="\t")
+
+
+def _state(account: Account) -> str:
+    return "suspended" if account.suspended else "active"
+
+
+def _amount(amount: Decimal) -> str:
+    return format(amount.normalize(), "f")
+
+
+def _moment(moment: datetime | None) -> str:
+    return "" if moment is None else moment.isoformat(timespec="seconds")
+
+
+def _decimal(argument: str) -> Decimal:
+    try:
+        amount = Decimal(argument)
+        exact = amount.is_finite() and amount != 0 and amount == round(amount, 6)
+    except InvalidOperation:
+        exact = False
+    if not exact:
+        raise argparse.ArgumentTypeError("must be a number other than 0 with at most six places")
+    return amount
+
+
+def _limit(argument: str) -> int | None:
+    return None if argument == "none" else int(argument)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m api", description="Operate the service.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(run: Callable[[argparse.Namespace], None], name: str) -> argparse.ArgumentParser:
+        text = inspect.getdoc(run) or ""
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    command(serve, "serve")
+    command(prepare, "prepare")
+    command(demo_credentials, "demo-credentials").add_argument("path", type=Path)
+
+    sub = command(create_account, "create-account")
+    sub.add_argument("name")
+    sub.add_argument("--group", default="default")
+    sub.add_argument(
+        "--unfinished-max", type=_limit, default=settings.unfinished_max, help="a number, or none"
+    )
+    command(list_accounts, "list-accounts").add_argument("--limit", type=int, default=100)
+    command(suspend_account, "suspend-account").add_argument("account")
+    command(resume_account, "resume-account").add_argument("account")
+
+    sub = command(issue_key, "issue-key")
+    sub.add_argument("account")
+    sub.add_argument("--name", default="")
+    sub.add_argument("--model", action="append", help="may be given again; without it, all")
+    sub.add_argument("--admin", action="store_true")
+    sub.add_argument("--requests-per-minute", type=_limit, default=CREATES_PER_MINUTE)
+    sub.add_argument("--expires-in-days", type=float)
+    sub = command(list_keys, "list-keys")
+    sub.add_argument("account")
+    sub.add_argument("--limit", type=int, default=100)
+    sub = command(rotate_key, "rotate-key")
+    sub.add_argument("key", help="the key's id")
+    sub.add_argument("--overlap-hours", type=float, default=24)
+    command(revoke_key, "revoke-key").add_argument("key", help="the key's id")
+    sub = command(callback_secret, "callback-secret")
+    sub.add_argument("account")
+    sub.add_argument("--rotate", action="store_true")
+    sub.add_argument("--overlap-hours", type=float, default=24)
+
+    sub = command(credit, "credit")
+    sub.add_argument("account")
+    sub.add_argument("amount", type=_decimal)
+    sub.add_argument("--note")
+    sub.add_argument("--idempotency-key")
+    sub = command(read_ledger, "ledger")
+    sub.add_argument("account", nargs="?")
+    sub.add_argument("--limit", type=int, default=100)
+    sub = command(list_tasks, "tasks")
+    sub.add_argument("account", nargs="?")
+    sub.add_argument("--status", type=TaskStatus, choices=list(TaskStatus))
+    sub.add_argument("--limit", type=int, default=100)
+    command(check_books, "check-books")
+    return parser
+
+
+def main() -> None:
+    args = parser().parse_args()
+    try:
+        args.run(args)
+    except (ServiceUnavailable, StorageUnavailable) as error:
+        cause = str(error.__cause__ or error).partition("\n")[0]
+        sys.exit(f"A server that is needed does not answer: {cause}")
+    except ServiceError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

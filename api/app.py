@@ -1,0 +1,184 @@
+"""The HTTP application: the dialects, the operators' routes, and what all answers share."""
+
+import re
+import secrets
+import time
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import structlog
+from fastapi import FastAPI
+from redis.exceptions import RedisError
+from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api import admin, batching
+from api.answers import JSON, Problem
+from api.auth import Admission
+from api.batching import Batcher
+from api.dialects import evolink, zimageturbo
+from storage import fairness, objects, queue
+from storage.database import transaction
+from storage.errors import ServiceUnavailable, StorageUnavailable
+from storage.settings import settings
+
+CHECK_TIMEOUT_S = 4
+"""How long `/ready` waits for a server before it calls it away."""
+DEPTH_MAX = 100_000
+"""`/ready` counts waiting tasks no further."""
+
+DEMO_NOTICE = (
+    "This is the built-in demo model. Its weights are random: it draws texture, not your prompt. "
+    "Set ZIMAGE_MODEL=Tongyi-MAI/Z-Image-Turbo for real images."
+)
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+
+TAGS = [
+    {"name": "zimageturbo", "description": "zimageturbo.ai's format. Images are JPEG."},
+    {"name": "evolink", "description": "EvoLink's format, with callbacks. Images are PNG."},
+    {"name": "admin", "description": "For operators: needs an admin key."},
+    {"name": "operating", "description": "For whoever keeps it running. Needs no key."},
+]
+
+logger = structlog.get_logger()
+
+
+def create_app() -> FastAPI:
+    app = FastAPI(
+        title="Z-Image-Turbo service",
+        description="Several vendors' formats at once: change the base URL, keep the client.",
+        openapi_tags=TAGS,
+        redirect_slashes=False,
+    )
+    app.state.admission = Admission()
+    app.state.submissions = Batcher(batching.submit)
+    app.state.reads = Batcher(batching.find)
+
+    app.add_api_route("/health", health, tags=["operating"], summary="The process lives")
+    app.add_api_route("/ready", ready, tags=["operating"], summary="The service can work")
+    # The more particular prefix first: what one dialect leaves open is 404 in that dialect.
+    for router in admin.routers():
+        app.include_router(router, tags=["admin"])
+    for dialect in (evolink, zimageturbo):
+        for router in dialect.routers():
+            app.include_router(router, tags=[dialect.NAME])
+    app.add_middleware(RequestLog)
+    app.add_exception_handler(404, _nothing_here)
+    app.add_exception_handler(405, _nothing_here)
+    return app
+
+
+async def health() -> Response:
+    """Says nothing about the servers behind it: that is `/ready`."""
+    answer: dict[str, Any] = {"status": "ok", "model": settings.model}
+    if settings.model == "demo":
+        answer["notice"] = DEMO_NOTICE
+    return JSON(answer)
+
+
+async def ready() -> Response:
+    """503 unless the database, Redis and the image store answer.
+
+    Workers are counted but not required: a task may be submitted while none is there.
+    """
+    looks: dict[str, Callable[[], Any]] = {
+        "database": _look_at_database,
+        "redis": _look_at_redis,
+        "s3": objects.check,
+    }
+    found: dict[str, Any] = {}
+
+    async def look(name: str) -> None:
+        try:
+            with anyio.fail_after(CHECK_TIMEOUT_S):
+                found[name] = await anyio.to_thread.run_sync(looks[name], abandon_on_cancel=True)
+        except (ServiceUnavailable, StorageUnavailable, RedisError, TimeoutError):
+            found[name] = False
+
+    async with anyio.create_task_group() as group:
+        for name in looks:
+            group.start_soon(look, name)
+    checks = {name: found[name] is not False for name in looks}
+    answer = {
+        "ready": all(checks.values()),
+        "checks": {name: "ok" if fine else "unreachable" for name, fine in checks.items()},
+        "tasks_waiting": found["database"] if checks["database"] else None,
+        "jobs_waiting": found["redis"][0] if checks["redis"] else None,
+        "workers": found["redis"][1] if checks["redis"] else None,
+    }
+    return JSON(answer, 200 if answer["ready"] else 503)
+
+
+def _look_at_database() -> int:
+    with transaction() as session:
+        return fairness.waiting(session, at_most=DEPTH_MAX)
+
+
+def _look_at_redis() -> tuple[int, int]:
+    return queue.count(), queue.workers()
+
+
+async def _nothing_here(request: Request, error: Exception) -> Response:
+    """404 and 405 outside every dialect."""
+    status: int = getattr(error, "status_code", 404)
+    headers = getattr(error, "headers", None)
+    title = "Method Not Allowed" if status == 405 else "Not Found"
+    return Problem({"title": title, "status": status}, status, headers)
+
+
+class RequestLog:
+    """Gives every request an id, every answer the header `X-Request-ID`, and the log a line.
+
+    An id that the caller sends is kept if it is of a harmless form. What nobody caught ends here,
+    as a 500 that says nothing and a traceback in the log.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(request_id=request_id)
+        started = time.perf_counter()
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except Exception:
+            logger.exception("request.failed", path=scope["path"])
+            if status == 0:
+                answer = Problem({"title": "Internal Server Error", "status": 500}, 500)
+                await answer(scope, receive, send_with_id)
+        finally:
+            logger.info(
+                "request",
+                method=scope["method"],
+                path=scope["path"],
+                status=status,
+                ms=round((time.perf_counter() - started) * 1000, 1),
+            )
+
+
+def _request_id(scope: MutableMapping[str, Any]) -> str:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id":
+            sent = value.decode("latin-1")
+            if _REQUEST_ID.fullmatch(sent):
+                return str(sent)
+    return f"req_{secrets.token_hex(12)}"

@@ -1,0 +1,178 @@
+"""The process that delivers callbacks and runs the repairs. Any number of copies may run.
+
+Deliveries are rows. A copy takes what is due, tries each in a coroutine of its own, and notes the
+outcome, so a receiver that hangs holds nothing but its coroutine.
+"""
+
+import asyncio
+import signal
+from collections import Counter
+from collections.abc import Callable
+
+import structlog
+from redis.exceptions import RedisError
+
+from api import callbacks, egress
+from storage import deliveries, events, repair
+from storage.database import transaction
+from storage.deliveries import Attempt
+from storage.errors import ServiceUnavailable
+from storage.logs import configure
+
+IN_FLIGHT_MAX = 1000
+"""Attempts at a time in this process."""
+ACCOUNT_IN_FLIGHT_MAX = 50
+"""Attempts at a time for one account, about: at this number no more of its deliveries are taken."""
+CLAIM_MAX = 50
+LOOK_S = 1.0
+"""How often to look for deliveries that no event told of."""
+RECONNECT_S = 1.0
+REPAIR_S = 2.0
+IMAGES_S = 60.0
+"""How often to look for images whose time is over; a look lists the bucket's oldest page."""
+
+logger = structlog.get_logger()
+
+
+class Courier:
+    """Delivers until it is told to stop, then waits for the attempts that are under way."""
+
+    def __init__(self) -> None:
+        self._client = egress.client()
+        self._in_flight: Counter[str] = Counter()
+        self._attempts: set[asyncio.Task[None]] = set()
+        self._wake = asyncio.Event()
+        self.stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        self.stopping.set()
+        self._wake.set()
+
+    async def run(self) -> None:
+        others = [
+            asyncio.create_task(self._listen()),
+            asyncio.create_task(self._every(REPAIR_S, repair.lost_workers)),
+            asyncio.create_task(self._every(REPAIR_S, repair.lost_jobs)),
+            asyncio.create_task(self._every(IMAGES_S, repair.old_images)),
+        ]
+        while not self.stopping.is_set():
+            self._wake.clear()
+            try:
+                taken = await asyncio.to_thread(self._claim)
+                for attempt in taken:
+                    self._start(attempt)
+                pause_s = 0.0 if taken else await asyncio.to_thread(self._pause)
+            except ServiceUnavailable:
+                logger.warning("courier.database_away")
+                pause_s = LOOK_S
+            except Exception:
+                logger.exception("courier.failed")
+                pause_s = LOOK_S
+            await self._sleep(pause_s)
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, *self._attempts, return_exceptions=True)
+        await self._client.aclose()
+
+    def _full(self) -> list[str]:
+        """Accounts that have as many attempts under way as they may."""
+        return [a for a, attempts in self._in_flight.items() if attempts >= ACCOUNT_IN_FLIGHT_MAX]
+
+    def _claim(self) -> list[Attempt]:
+        limit = min(CLAIM_MAX, IN_FLIGHT_MAX - self._in_flight.total())
+        if limit <= 0:
+            return []
+        with transaction() as session:
+            return deliveries.claim_due(session, limit=limit, except_accounts=self._full())
+
+    def _pause(self) -> float:
+        if self._in_flight.total() >= IN_FLIGHT_MAX:
+            return LOOK_S  # an attempt that ends wakes us earlier
+        with transaction() as session:
+            due_s = deliveries.next_due_in_s(session, except_accounts=self._full())
+        return LOOK_S if due_s is None else min(due_s, LOOK_S)
+
+    def _start(self, attempt: Attempt) -> None:
+        self._in_flight[attempt.delivery.account_id] += 1
+        task = asyncio.create_task(self._attempt(attempt))
+        self._attempts.add(task)
+        task.add_done_callback(self._attempts.discard)
+
+    async def _attempt(self, attempt: Attempt) -> None:
+        delivery = attempt.delivery
+        try:
+            outcome = await callbacks.deliver(self._client, attempt)
+            state = await asyncio.to_thread(_record, attempt, outcome)
+            logger.info(
+                "callback.attempted",
+                delivery_id=delivery.id,
+                task_id=delivery.task_id,
+                request_id=attempt.task.request_id,
+                status=outcome.status,
+                error=outcome.error,
+                state=state,
+            )
+        except ServiceUnavailable:
+            # Nothing is noted, so it is due again when this claim's lease is over.
+            logger.warning("courier.database_away", delivery_id=delivery.id)
+        except Exception:
+            logger.exception("callback.failed", delivery_id=delivery.id, task_id=delivery.task_id)
+        finally:
+            self._in_flight[delivery.account_id] -= 1
+            if not self._in_flight[delivery.account_id]:
+                del self._in_flight[delivery.account_id]
+            self._wake.set()
+
+    async def _listen(self) -> None:
+        """Be woken by the end of a task that has a callback."""
+        while True:
+            try:
+                async for event in events.listen():
+                    if event["callback"] and event["ended"]:
+                        self._wake.set()
+            except (RedisError, OSError):
+                logger.warning("courier.redis_away")
+            await asyncio.sleep(RECONNECT_S)
+
+    async def _every(self, pause_s: float, work: Callable[[], object]) -> None:
+        while True:
+            try:
+                await asyncio.to_thread(work)
+            except ServiceUnavailable:
+                logger.warning("courier.database_away")
+            except Exception:
+                logger.exception("courier.repair_failed")
+            await asyncio.sleep(pause_s)
+
+    async def _sleep(self, pause_s: float) -> None:
+        try:
+            async with asyncio.timeout(pause_s):
+                await self._wake.wait()
+        except TimeoutError:
+            pass
+
+
+def _record(attempt: Attempt, outcome: callbacks.Outcome) -> str | None:
+    with transaction() as session:
+        return deliveries.record(
+            session,
+            attempt.delivery,
+            status=outcome.status,
+            error=outcome.error,
+            final=outcome.final,
+        )
+
+
+async def main() -> None:
+    courier = Courier()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, courier.stop)
+    logger.info("courier.started")
+    await courier.run()
+    logger.info("courier.stopped")
+
+
+if __name__ == "__main__":
+    configure("courier")
+    asyncio.run(main())

@@ -1,0 +1,58 @@
+"""How often a key may ask: creates and reads counted apart, in Redis, over all API processes.
+
+While Redis is away nothing is limited. A limit keeps customers from each other's GPU time, which
+the fair order and the limit of unfinished tasks do as well; refusing everybody would be worse.
+"""
+
+import math
+import time
+
+import structlog
+from limits import RateLimitItem, RateLimitItemPerMinute, RateLimitItemPerSecond
+from limits.aio.storage import RedisStorage
+from limits.aio.strategies import MovingWindowRateLimiter
+from redis.exceptions import RedisError
+
+from api.settings import settings
+from storage.accounts import Credential
+from storage.errors import RateLimited
+from storage.queue import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
+from storage.settings import settings as storage_settings
+
+logger = structlog.get_logger()
+
+
+class RateLimiter:
+    """Exact moving windows. A key whose `requests_per_minute` is None is not limited at all."""
+
+    def __init__(self) -> None:
+        storage = RedisStorage(
+            "async+" + storage_settings.redis_url.get_secret_value(),
+            implementation="redispy",
+            key_prefix="zimage:limits",
+            socket_connect_timeout=CONNECT_TIMEOUT_S,
+            socket_timeout=ANSWER_TIMEOUT_S,
+        )
+        self._windows = MovingWindowRateLimiter(storage)
+        self._reads = RateLimitItemPerSecond(settings.reads_per_second)
+
+    async def count_create(self, credential: Credential) -> None:
+        """Raises: RateLimited."""
+        if credential.requests_per_minute is not None:
+            window = RateLimitItemPerMinute(credential.requests_per_minute)
+            await self._count(window, "create", credential.key_id)
+
+    async def count_read(self, credential: Credential) -> None:
+        """Raises: RateLimited."""
+        if credential.requests_per_minute is not None:
+            await self._count(self._reads, "read", credential.key_id)
+
+    async def _count(self, window: RateLimitItem, *identity: str) -> None:
+        try:
+            if await self._windows.hit(window, *identity):
+                return
+            stats = await self._windows.get_window_stats(window, *identity)
+        except RedisError as error:
+            logger.warning("rate_limit.redis_away", error=str(error))
+            return
+        raise RateLimited(max(1, math.ceil(stats.reset_time - time.time())))

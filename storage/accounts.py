@@ -1,0 +1,249 @@
+"""Who pays, and the keys they show. A key's secret is shown once; only its SHA-256 is kept."""
+
+import base64
+import hashlib
+import secrets
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import func, or_, select, tuple_, update
+from sqlalchemy.orm import Session
+
+from storage.errors import AccountNotFound, KeyNotFound
+from storage.models import Account, ApiKey
+from storage.settings import settings
+
+SECRET_PREFIX = "zk_"  # noqa: S105 - what every key begins with is no secret
+SECRET_BYTES = 32
+PREFIX_LENGTH = len(SECRET_PREFIX) + 8
+"""How much of a key is kept in clear, so that people can tell their keys apart."""
+
+CREATES_PER_MINUTE = 120
+"""Creates per minute of a key for which its operator named no other limit."""
+
+LAST_USE_S = 60
+"""`last_used_at` is exact to this many seconds: noting every use would cost a write for each."""
+
+CALLBACK_SECRET_BYTES = 32
+"""Standard Webhooks 1.0.0 asks for 24 to 64."""
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """What a valid key says about whoever shows it."""
+
+    key_id: str
+    account_id: str
+    admin: bool
+    suspended: bool
+    models: frozenset[str] | None
+    requests_per_minute: int | None
+    expires_at: datetime | None
+
+    def may_use(self, model: str) -> bool:
+        return self.models is None or model in self.models
+
+
+def digest(secret: str) -> bytes:
+    """What is stored of a key. A fast hash is enough for 256 random bits."""
+    return hashlib.sha256(secret.encode()).digest()
+
+
+def create(
+    session: Session,
+    name: str,
+    *,
+    user_group: str = "default",
+    unfinished_max: int | None = settings.unfinished_max,
+) -> Account:
+    account = Account(
+        id=f"acct_{secrets.token_hex(8)}",
+        name=name,
+        user_group=user_group,
+        unfinished_max=unfinished_max,
+        callback_secret=_callback_secret(),
+    )
+    session.add(account)
+    session.flush()
+    session.refresh(account)
+    return account
+
+
+def get(session: Session, account_id: str) -> Account:
+    """Raises: AccountNotFound."""
+    account = session.get(Account, account_id)
+    if account is None:
+        raise AccountNotFound
+    return account
+
+
+def change(session: Session, account_id: str, **values: Any) -> Account:
+    """Set columns of an account: name, user_group, unfinished_max, suspended.
+
+    Raises: AccountNotFound.
+    """
+    account = session.scalar(
+        update(Account)
+        .where(Account.id == account_id)
+        .values(**values)
+        .returning(Account)
+        .execution_options(populate_existing=True)
+    )
+    if account is None:
+        raise AccountNotFound
+    return account
+
+
+def newest(
+    session: Session, *, before: tuple[datetime, str] | None, limit: int
+) -> Sequence[Account]:
+    query = select(Account).order_by(Account.created_at.desc(), Account.id.desc()).limit(limit)
+    if before is not None:
+        query = query.where(tuple_(Account.created_at, Account.id) < before)
+    return session.scalars(query).all()
+
+
+def issue_key(
+    session: Session,
+    account_id: str,
+    *,
+    name: str = "",
+    models: Collection[str] | None = None,
+    admin: bool = False,
+    requests_per_minute: int | None = CREATES_PER_MINUTE,
+    expires_at: datetime | None = None,
+) -> tuple[ApiKey, str]:
+    """Make a key. Returns its row and the secret, which cannot be read again.
+
+    Raises: AccountNotFound.
+    """
+    get(session, account_id)
+    secret = SECRET_PREFIX + secrets.token_urlsafe(SECRET_BYTES)
+    key = ApiKey(
+        id=f"key_{secrets.token_hex(8)}",
+        account_id=account_id,
+        name=name,
+        secret_sha256=digest(secret),
+        prefix=secret[:PREFIX_LENGTH],
+        models=None if models is None else sorted(models),
+        admin=admin,
+        requests_per_minute=requests_per_minute,
+        expires_at=expires_at,
+    )
+    session.add(key)
+    session.flush()
+    session.refresh(key)
+    return key, secret
+
+
+def rotate_key(session: Session, key_id: str, *, overlap: timedelta) -> tuple[ApiKey, str]:
+    """Make a key that may do what `key_id` may; the old one stays valid for `overlap`.
+
+    Raises: KeyNotFound: there is none, or it is no longer valid.
+    """
+    old = session.scalar(select(ApiKey).where(ApiKey.id == key_id).with_for_update())
+    now = datetime.now(UTC)
+    if old is None or old.revoked_at is not None:
+        raise KeyNotFound
+    if old.expires_at is not None and old.expires_at <= now:
+        raise KeyNotFound
+    new = issue_key(
+        session,
+        old.account_id,
+        name=old.name,
+        models=old.models,
+        admin=old.admin,
+        requests_per_minute=old.requests_per_minute,
+        expires_at=old.expires_at,
+    )
+    old.expires_at = min(now + overlap, old.expires_at or now + overlap)
+    session.flush()
+    return new
+
+
+def revoke_key(session: Session, key_id: str) -> ApiKey:
+    """End a key now. Doing it twice keeps the first moment. Raises: KeyNotFound."""
+    key = session.scalar(
+        update(ApiKey)
+        .where(ApiKey.id == key_id)
+        .values(revoked_at=func.coalesce(ApiKey.revoked_at, func.clock_timestamp()))
+        .returning(ApiKey)
+        .execution_options(populate_existing=True)
+    )
+    if key is None:
+        raise KeyNotFound
+    return key
+
+
+def keys(
+    session: Session, account_id: str, *, before: tuple[datetime, str] | None, limit: int
+) -> Sequence[ApiKey]:
+    """Keys of an account, newest first. Raises: AccountNotFound."""
+    get(session, account_id)
+    query = (
+        select(ApiKey)
+        .where(ApiKey.account_id == account_id)
+        .order_by(ApiKey.created_at.desc(), ApiKey.id.desc())
+        .limit(limit)
+    )
+    if before is not None:
+        query = query.where(tuple_(ApiKey.created_at, ApiKey.id) < before)
+    return session.scalars(query).all()
+
+
+def authenticate(session: Session, digests: Collection[bytes]) -> dict[bytes, Credential]:
+    """The credentials of those keys that are valid now, by digest; notes that they were used."""
+    valid = (
+        ApiKey.secret_sha256.in_(digests),
+        ApiKey.revoked_at.is_(None),
+        or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > func.clock_timestamp()),
+    )
+    found = session.execute(
+        select(ApiKey, Account.suspended)
+        .join(Account, Account.id == ApiKey.account_id)
+        .where(*valid)
+    ).all()
+    used_before = datetime.now(UTC) - timedelta(seconds=LAST_USE_S)
+    stale = [key.id for key, _ in found if (key.last_used_at or used_before) <= used_before]
+    if stale:
+        # Skipped where another process is just doing the same: the note need not be exact.
+        free = select(ApiKey.id).where(ApiKey.id.in_(stale)).with_for_update(skip_locked=True)
+        session.execute(
+            update(ApiKey)
+            .where(ApiKey.id.in_(free))
+            .values(last_used_at=func.clock_timestamp())
+            .execution_options(synchronize_session=False)
+        )
+    return {
+        key.secret_sha256: Credential(
+            key_id=key.id,
+            account_id=key.account_id,
+            admin=key.admin,
+            suspended=suspended,
+            models=None if key.models is None else frozenset(key.models),
+            requests_per_minute=key.requests_per_minute,
+            expires_at=key.expires_at,
+        )
+        for key, suspended in found
+    }
+
+
+def rotate_callback_secret(session: Session, account_id: str, *, overlap: timedelta) -> Account:
+    """Sign with a new secret; for `overlap`, callbacks carry the old one's signature as well.
+
+    Raises: AccountNotFound.
+    """
+    return change(
+        session,
+        account_id,
+        callback_secret=_callback_secret(),
+        callback_secret_before=Account.callback_secret,
+        callback_secret_before_until=datetime.now(UTC) + overlap,
+    )
+
+
+def _callback_secret() -> str:
+    """A secret in the form of Standard Webhooks 1.0.0: `whsec_` and Base64."""
+    return "whsec_" + base64.b64encode(secrets.token_bytes(CALLBACK_SECRET_BYTES)).decode()

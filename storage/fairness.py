@@ -1,0 +1,58 @@
+"""Which waiting task is next: start-time fair queueing between accounts, decided at the claim.
+
+Every task carries a tag in virtual time. An account's tags follow each other at a distance of
+cost / weight, beginning no earlier than the virtual time at which it submits; a free worker takes
+the smallest tag. So a thousand tasks of one customer lie far apart in virtual time, and another
+customer's single task falls between the next two of them.
+
+Source: Goyal, Vin, Cheng, "Start-time Fair Queuing", SIGCOMM 1996.
+"""
+
+from sqlalchemy import CTE, func, select, text, update
+from sqlalchemy.orm import Session
+
+from storage.models import FairClock, Task
+from storage.settings import settings
+
+COST_UNIT_PX = 1024 * 1024
+"""The area of the image that costs 1 in virtual time: a larger one takes the GPU for longer."""
+
+
+def cost(width: int, height: int) -> float:
+    """GPU time of a `width` x `height` pixel image, in images of 1024 x 1024."""
+    return width * height / COST_UNIT_PX
+
+
+def schedule(
+    virtual_now: float, virtual_finish: float, cost: float, group: str
+) -> tuple[float, float]:
+    """The tag of an account's next task, and the account's new `virtual_finish`."""
+    tag = max(virtual_now, virtual_finish)
+    return tag, tag + cost / settings.group_weights.get(group, 1.0)
+
+
+def fairest(limit: int) -> CTE:
+    """The ids of the `limit` waiting tasks whose turn it is, locked for the caller.
+
+    What another worker has locked is skipped: it is being claimed.
+    """
+    return (
+        select(Task.id)
+        # The literal, not a parameter, is what lets a generic plan use the partial index.
+        .where(Task.status == text("'pending'"))
+        .order_by(Task.fair_tag, Task.id)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+        .cte("fairest")
+    )
+
+
+def tick(session: Session, tag: float) -> None:
+    """Let virtual time reach `tag`, the tag of a task that was just claimed."""
+    session.execute(update(FairClock).where(FairClock.virtual_now < tag).values(virtual_now=tag))
+
+
+def waiting(session: Session, at_most: int) -> int:
+    """How many tasks wait, counted no further than `at_most`."""
+    some = select(Task.id).where(Task.status == text("'pending'")).limit(at_most).subquery()
+    return session.scalar(select(func.count()).select_from(some)) or 0

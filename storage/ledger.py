@@ -1,0 +1,249 @@
+"""Credits: granted, reserved at submission, settled on success, released on any other end.
+
+grant ──► balance        reserve ──► reserved ──► settle:  balance and reserved shrink, one entry
+                                          └─────► release: reserved shrinks, no entry
+
+No other module writes `balance`, `reserved` or `unfinished`. Amounts are exact to six places.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+
+from sqlalchemy import select, text, update
+from sqlalchemy.orm import Session
+
+from storage import fairness
+from storage.errors import (
+    AccountNotFound,
+    AccountSuspended,
+    IdempotencyConflict,
+    InsufficientCredits,
+    ServiceError,
+    TooManyUnfinished,
+    WouldOverdraw,
+)
+from storage.models import Account, EntryKind, FairClock, LedgerEntry, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Credits that one task wants to hold; `cost` is its share of a GPU in virtual time."""
+
+    account_id: str
+    price: Decimal
+    cost: float
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Credits that are held, and the place in the fair order that came with them."""
+
+    fair_tag: float
+    user_group: str
+
+
+def reserve_many(session: Session, asks: Sequence[Ask]) -> list[Hold | ServiceError]:
+    """Hold the credits of each ask, in order; what cannot be held gets its own error.
+
+    The accounts stay locked until the caller commits, so no two requests can ever hold the same
+    credit. They are locked in the order of their ids, so that no two callers wait for each other.
+
+    Errors: AccountSuspended, TooManyUnfinished, InsufficientCredits.
+    """
+    clock = select(FairClock.virtual_now).scalar_subquery()
+    found = session.execute(
+        select(Account, clock)
+        .where(Account.id.in_({ask.account_id for ask in asks}))
+        .order_by(Account.id)
+        .with_for_update(of=Account, key_share=True)
+        .execution_options(populate_existing=True)
+    )
+    accounts = {account.id: (account, virtual_now) for account, virtual_now in found}
+    outcomes: list[Hold | ServiceError] = []
+    for ask in asks:
+        account, virtual_now = accounts[ask.account_id]
+        fault = _refusal(account, ask.price)
+        if fault is not None:
+            outcomes.append(fault)
+            continue
+        tag, account.virtual_finish = fairness.schedule(
+            virtual_now, account.virtual_finish, ask.cost, account.user_group
+        )
+        account.reserved += ask.price
+        account.unfinished += 1
+        outcomes.append(Hold(tag, account.user_group))
+    session.flush()
+    return outcomes
+
+
+def _refusal(account: Account, price: Decimal) -> ServiceError | None:
+    if account.suspended:
+        return AccountSuspended()
+    if account.unfinished_max is not None and account.unfinished >= account.unfinished_max:
+        return TooManyUnfinished()
+    if account.balance - account.reserved < price:
+        return InsufficientCredits()
+    return None
+
+
+def settle(session: Session, task: Task) -> None:
+    """Charge what `task` had reserved. The entry's unique `task_id` makes a second time fail."""
+    balance_after = session.execute(
+        update(Account)
+        .where(Account.id == task.account_id)
+        .values(
+            balance=Account.balance - task.price,
+            reserved=Account.reserved - task.price,
+            unfinished=Account.unfinished - 1,
+        )
+        .returning(Account.balance)
+        .execution_options(synchronize_session=False)
+    ).scalar_one()
+    session.add(
+        LedgerEntry(
+            account_id=task.account_id,
+            kind=EntryKind.CHARGE,
+            amount=-task.price,
+            balance_after=balance_after,
+            actor="worker",
+            task_id=task.id,
+        )
+    )
+    session.flush()
+
+
+def release(session: Session, task: Task) -> None:
+    """Let go of what `task` had reserved; nothing was charged, so nothing is entered."""
+    session.execute(
+        update(Account)
+        .where(Account.id == task.account_id)
+        .values(reserved=Account.reserved - task.price, unfinished=Account.unfinished - 1)
+        .execution_options(synchronize_session=False)
+    )
+
+
+def grant(
+    session: Session,
+    account_id: str,
+    amount: Decimal,
+    *,
+    actor: str,
+    note: str | None = None,
+    idempotency_key: str | None = None,
+) -> tuple[LedgerEntry, bool]:
+    """Add credits to an account, or take some away with a negative `amount`.
+
+    With an `idempotency_key` that was used before, nothing moves and the first entry is returned.
+
+    Returns:
+        the entry, and whether it is a replay.
+
+    Raises:
+        AccountNotFound, IdempotencyConflict (same key, other amount or note), WouldOverdraw
+        (less than zero would be left beside what unfinished tasks reserve).
+    """
+    account = session.scalar(
+        select(Account)
+        .where(Account.id == account_id)
+        .with_for_update(key_share=True)
+        .execution_options(populate_existing=True)
+    )
+    if account is None:
+        raise AccountNotFound
+    # Looked up under the account's lock, so of two calls with one key the second finds the first.
+    if idempotency_key is not None:
+        first = session.scalar(
+            select(LedgerEntry).where(
+                LedgerEntry.account_id == account_id,
+                LedgerEntry.idempotency_key == idempotency_key,
+            )
+        )
+        if first is not None:
+            if (first.amount, first.note) != (amount, note):
+                raise IdempotencyConflict
+            return first, True
+    if account.balance + amount < account.reserved:
+        raise WouldOverdraw
+    account.balance += amount
+    entry = LedgerEntry(
+        account_id=account_id,
+        kind=EntryKind.GRANT if amount > 0 else EntryKind.ADJUSTMENT,
+        amount=amount,
+        balance_after=account.balance,
+        actor=actor,
+        note=note,
+        idempotency_key=idempotency_key,
+    )
+    session.add(entry)
+    session.flush()
+    return entry, False
+
+
+@dataclass(frozen=True, slots=True)
+class Books:
+    """What a look at all the books found: the number of accounts, and a line for every fault."""
+
+    accounts: int
+    faults: list[str]
+
+    @property
+    def balanced(self) -> bool:
+        return not self.faults
+
+
+_BOOKS = text("""
+    SELECT a.id, a.balance, a.reserved, a.unfinished,
+           coalesce(e.entered, 0) AS entered,
+           coalesce(t.held, 0) AS held, coalesce(t.open, 0) AS open,
+           coalesce(t.uncharged, 0) AS uncharged, coalesce(t.overcharged, 0) AS overcharged
+      FROM accounts a
+      LEFT JOIN (SELECT account_id, sum(amount) AS entered FROM ledger_entries GROUP BY 1) e
+             ON e.account_id = a.id
+      LEFT JOIN (SELECT t.account_id,
+                        sum(price) FILTER (WHERE status IN ('pending', 'processing')) AS held,
+                        count(*) FILTER (WHERE status IN ('pending', 'processing')) AS open,
+                        count(*) FILTER (WHERE status = 'completed'
+                                           AND c.amount IS DISTINCT FROM -price) AS uncharged,
+                        count(c.id) FILTER (WHERE status <> 'completed') AS overcharged
+                   FROM tasks t LEFT JOIN ledger_entries c ON c.task_id = t.id
+                  GROUP BY 1) t
+             ON t.account_id = a.id
+     ORDER BY a.id
+""")
+
+
+def check_books(session: Session) -> Books:
+    """Prove, for every account, that its balance is the sum of its entries, that its reservation
+    is the sum of the prices of its unfinished tasks, and that exactly its completed tasks are
+    charged. One statement, so one moment: it may run while others submit and settle.
+    """
+    faults: dict[str, list[str]] = defaultdict(list)
+    rows = session.execute(_BOOKS).all()
+    for row in rows:
+        if row.balance != row.entered:
+            faults[row.id].append(f"balance {row.balance}, but entries sum to {row.entered}")
+        if row.reserved != row.held:
+            faults[row.id].append(f"reserved {row.reserved}, but unfinished tasks hold {row.held}")
+        if row.unfinished != row.open:
+            faults[row.id].append(f"{row.unfinished} unfinished, but {row.open} tasks are")
+        if row.uncharged:
+            faults[row.id].append(f"{row.uncharged} completed tasks without their charge")
+        if row.overcharged:
+            faults[row.id].append(f"{row.overcharged} charges of tasks that did not complete")
+    return Books(
+        len(rows), [f"{account}: {fault}" for account in faults for fault in faults[account]]
+    )
+
+
+def entries(
+    session: Session, account_id: str | None, *, before: int | None, limit: int
+) -> list[LedgerEntry]:
+    """Entries of one account or of all, newest first, older than entry `before`."""
+    query = select(LedgerEntry).order_by(LedgerEntry.id.desc()).limit(limit)
+    if account_id is not None:
+        query = query.where(LedgerEntry.account_id == account_id)
+    if before is not None:
+        query = query.where(LedgerEntry.id < before)
+    return list(session.scalars(query))

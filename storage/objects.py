@@ -1,0 +1,154 @@
+"""Images in a bucket. boto3 is known in this file only; everyone else knows bytes, keys and URLs.
+
+Keys are unguessable and begin with their hour, so that a listing shows the oldest first.
+"""
+
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from functools import cache
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+import boto3
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
+from pydantic import HttpUrl
+
+from storage.errors import StorageUnavailable
+from storage.models import ImageFormat
+from storage.settings import settings
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+PREFIX = "images/"
+CONTENT_TYPES = {ImageFormat.PNG: "image/png", ImageFormat.JPEG: "image/jpeg"}
+
+CONNECT_TIMEOUT_S = 5
+READ_TIMEOUT_S = 20
+ATTEMPTS_MAX = 3
+POOL_SIZE = 32
+DELETE_MAX = 1000
+"""Keys in one DeleteObjects call; S3 takes no more."""
+
+
+class TemporaryCredentials(Exception):
+    """The credentials of the image store expire, and every image URL would die with them."""
+
+
+def put(data: bytes, image_format: ImageFormat) -> str:
+    """Store an image and return its key. Raises: StorageUnavailable."""
+    key = f"{PREFIX}{datetime.now(UTC):%Y%m%dT%H}/{secrets.token_urlsafe(32)}.{image_format}"
+    with _translated():
+        _client().put_object(
+            Bucket=settings.s3_bucket, Key=key, Body=data, ContentType=CONTENT_TYPES[image_format]
+        )
+    return key
+
+
+def url(key: str) -> tuple[str, datetime]:
+    """A URL that anyone may GET until the moment that comes with it, and not after."""
+    expires_at = datetime.now(UTC) + timedelta(seconds=settings.image_ttl_s)
+    signed = _public_client().generate_presigned_url(
+        "get_object",
+        Params={"Bucket": settings.s3_bucket, "Key": key},
+        ExpiresIn=settings.image_ttl_s,
+    )
+    return signed, expires_at
+
+
+def delete_older_than(age: timedelta) -> int:
+    """Delete every image that was stored longer than `age` ago; returns how many there were.
+
+    Whether a task knows them does not matter, so this also takes away what a worker stored
+    before it died. Raises: StorageUnavailable.
+    """
+    before = datetime.now(UTC) - age
+    deleted = 0
+    with _translated():
+        pages = _client().get_paginator("list_objects_v2")
+        for page in pages.paginate(Bucket=settings.s3_bucket, Prefix=PREFIX):
+            found = page.get("Contents", [])
+            old = [item["Key"] for item in found if item["LastModified"] < before]
+            if old:
+                _client().delete_objects(
+                    Bucket=settings.s3_bucket,
+                    Delete={"Objects": [{"Key": key} for key in old], "Quiet": True},
+                )
+                deleted += len(old)
+            # The oldest come first: after a page with a young image there are only younger ones,
+            # except within the same hour, for which there is the next time.
+            if len(old) < len(found):
+                break
+    return deleted
+
+
+def check() -> None:
+    """Raises: StorageUnavailable: the bucket cannot be reached."""
+    with _translated():
+        _client().head_bucket(Bucket=settings.s3_bucket)
+
+
+def make_bucket() -> None:
+    """Make the bucket if it is not there. Raises: StorageUnavailable."""
+    with _translated():
+        try:
+            _client().head_bucket(Bucket=settings.s3_bucket)
+        except ClientError as error:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] != HTTPStatus.NOT_FOUND:
+                raise
+            _client().create_bucket(Bucket=settings.s3_bucket)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except (BotoCoreError, ClientError) as error:
+        raise StorageUnavailable from error
+
+
+@cache
+def _client() -> "S3Client":
+    return _connect(settings.s3_endpoint_url)
+
+
+@cache
+def _public_client() -> "S3Client":
+    """Signs for the address that customers use; it is never called."""
+    return _connect(settings.s3_public_url or settings.s3_endpoint_url)
+
+
+def _connect(endpoint_url: HttpUrl | None) -> "S3Client":
+    """Raises: TemporaryCredentials."""
+    secret = settings.s3_secret_access_key
+    session = boto3.Session(
+        aws_access_key_id=settings.s3_access_key_id,
+        aws_secret_access_key=None if secret is None else secret.get_secret_value(),
+        region_name=settings.s3_region,
+    )
+    credentials = session.get_credentials()
+    if credentials is None:
+        raise TemporaryCredentials(
+            "There are no credentials for the image store: "
+            "set ZIMAGE_S3_ACCESS_KEY_ID and ZIMAGE_S3_SECRET_ACCESS_KEY"
+        )
+    if credentials.token is not None:
+        raise TemporaryCredentials(
+            "The credentials of the image store are temporary, and image URLs would end with them:"
+            " set ZIMAGE_S3_ACCESS_KEY_ID and ZIMAGE_S3_SECRET_ACCESS_KEY to lasting ones"
+        )
+    return session.client(
+        "s3",
+        endpoint_url=None if endpoint_url is None else str(endpoint_url),
+        config=Config(
+            signature_version="s3v4",
+            s3={"addressing_style": "path" if endpoint_url else "auto"},
+            connect_timeout=CONNECT_TIMEOUT_S,
+            read_timeout=READ_TIMEOUT_S,
+            retries={"total_max_attempts": ATTEMPTS_MAX, "mode": "standard"},
+            max_pool_connections=POOL_SIZE,
+        ),
+    )

@@ -1,0 +1,74 @@
+"""What a crash left behind, found by looking at the state; the courier runs it every few seconds,
+in as many copies as there are.
+
+A lost job     more tasks pending than jobs waiting    the bell is rung for the difference
+A lost worker  processing, its lease run out           pending again; after the last time failed
+An old image   in the bucket longer than its URL lives deleted, known to a task or not
+"""
+
+from datetime import timedelta
+
+import structlog
+from redis.exceptions import RedisError
+
+from storage import events, fairness, objects, queue, tasks
+from storage.database import transaction
+from storage.errors import StorageUnavailable
+from storage.models import TaskStatus
+from storage.settings import settings
+
+LOSSES_MAX = 500
+"""Lost tasks that one look takes care of."""
+IMAGE_GRACE_S = 60
+"""An image outlives its URL by this much, for downloads that began in its last second."""
+
+logger = structlog.get_logger()
+
+
+def lost_workers() -> int:
+    """Take the tasks of dead workers from them. Returns how many."""
+    with transaction() as session:
+        claims = tasks.expired(session, LOSSES_MAX)
+    taken = 0
+    for claim in claims:
+        # One by one: ending a task locks its account, and two repairs must not wait crosswise.
+        with transaction() as session:
+            task = tasks.give_up(session, claim)
+        if task is None:
+            continue
+        taken += 1
+        logger.warning("task.worker_lost", task_id=task.id, worker=task.worker, status=task.status)
+        events.publish(task)
+        if task.status is TaskStatus.PENDING:
+            queue.ring(1)
+    return taken
+
+
+def lost_jobs() -> int:
+    """Ring for tasks that wait without a job. Returns how many were rung for.
+
+    A job that rings for nothing is harmless, so two copies may count the same difference.
+    """
+    try:
+        jobs = queue.count()
+    except RedisError as error:
+        logger.warning("repair.queue_unreachable", error=str(error))
+        return 0
+    with transaction() as session:
+        missing = fairness.waiting(session, at_most=jobs + queue.RING_MAX) - jobs
+    if missing > 0:
+        logger.warning("queue.jobs_lost", times=missing)
+        queue.ring(missing)
+    return max(0, missing)
+
+
+def old_images() -> int:
+    """Delete images whose time is over. Returns how many."""
+    try:
+        deleted = objects.delete_older_than(timedelta(seconds=settings.image_ttl_s + IMAGE_GRACE_S))
+    except StorageUnavailable as error:
+        logger.warning("repair.images_unreachable", error=str(error.__cause__))
+        return 0
+    if deleted:
+        logger.info("images.deleted", images=deleted)
+    return deleted
