@@ -3,7 +3,8 @@
 import re
 import secrets
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import AsyncIterator, Callable, MutableMapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
@@ -53,6 +54,7 @@ def create_app() -> FastAPI:
         description="Several vendors' formats at once: change the base URL, keep the client.",
         openapi_tags=TAGS,
         redirect_slashes=False,
+        lifespan=_until_stopped,
     )
     app.state.admission = Admission()
     app.state.submissions = Batcher(batching.submit)
@@ -70,6 +72,12 @@ def create_app() -> FastAPI:
     app.add_exception_handler(404, _nothing_here)
     app.add_exception_handler(405, _nothing_here)
     return app
+
+
+@asynccontextmanager
+async def _until_stopped(app: FastAPI) -> AsyncIterator[None]:
+    yield
+    await app.state.admission.close()
 
 
 async def health() -> Response:

@@ -68,6 +68,10 @@ class Admission:
             raise AccountSuspended
         return credential
 
+    async def close(self) -> None:
+        """Let go of what the doors hold open."""
+        await self._limiter.close()
+
 
 def _find_keys(digests: Sequence[bytes]) -> list[Credential | ServiceError]:
     with transaction() as session:

@@ -20,6 +20,7 @@ from api.settings import settings
 from storage.errors import InvalidRequest
 
 URL_MAX_CHARACTERS = 2048
+PORT_MAX = 65535
 RESOLVE_TIMEOUT_S = 3
 RESOLVERS = anyio.CapacityLimiter(64)
 """Look-ups at a time; slow name servers of some customers must not stop those of others."""
@@ -84,6 +85,8 @@ def parse(url: str) -> tuple[str, int]:
             fault = "must not carry a user name or password"
         elif not host:
             fault = "must name a host"
+        elif not 0 < port <= PORT_MAX:
+            fault = f"must have a port of at most {PORT_MAX}"
     except (httpx.InvalidURL, ValueError):
         fault = "is not a URL"
     if fault is not None:

@@ -11,6 +11,7 @@ import structlog
 from limits import RateLimitItem, RateLimitItemPerMinute, RateLimitItemPerSecond
 from limits.aio.storage import RedisStorage
 from limits.aio.strategies import MovingWindowRateLimiter
+from redis.asyncio import Connection, ConnectionPool
 from redis.exceptions import RedisError
 
 from api.settings import settings
@@ -26,12 +27,15 @@ class RateLimiter:
     """Exact moving windows. A key whose `requests_per_minute` is None is not limited at all."""
 
     def __init__(self) -> None:
+        url = storage_settings.redis_url.get_secret_value()
+        self._connections: ConnectionPool[Connection] = ConnectionPool.from_url(
+            url, socket_connect_timeout=CONNECT_TIMEOUT_S, socket_timeout=ANSWER_TIMEOUT_S
+        )
         storage = RedisStorage(
-            "async+" + storage_settings.redis_url.get_secret_value(),
+            "async+" + url,
             implementation="redispy",
             key_prefix="zimage:limits",
-            socket_connect_timeout=CONNECT_TIMEOUT_S,
-            socket_timeout=ANSWER_TIMEOUT_S,
+            connection_pool=self._connections,  # type: ignore[arg-type] - its docs name it
         )
         self._windows = MovingWindowRateLimiter(storage)
         self._reads = RateLimitItemPerSecond(settings.reads_per_second)
@@ -46,6 +50,10 @@ class RateLimiter:
         """Raises: RateLimited."""
         if credential.requests_per_minute is not None:
             await self._count(self._reads, "read", credential.key_id)
+
+    async def close(self) -> None:
+        """Let go of the connections: an event loop that has some open cannot end."""
+        await self._connections.aclose()
 
     async def _count(self, window: RateLimitItem, *identity: str) -> None:
         try:

@@ -253,8 +253,9 @@ def cancel(session: Session, task_id: str, *, account_id: str | None = None) -> 
 
 def find_many(session: Session, asked: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Task]:
     """Tasks by (account id, task id); an id of another account is not found."""
-    rows = session.scalars(select(Task).where(tuple_(Task.account_id, Task.id).in_(asked)))
-    return {(task.account_id, task.id): task for task in rows}
+    rows = session.scalars(select(Task).where(Task.id.in_([task_id for _, task_id in asked])))
+    found = {(task.account_id, task.id): task for task in rows}
+    return {key: found[key] for key in asked if key in found}
 
 
 def measured(session: Session) -> tuple[float | None, int]:
@@ -302,16 +303,19 @@ def _lose(session: Session, error: ServiceError, *where: ColumnElement[bool]) ->
         progress=0,
         losses=Task.losses + 1,
     )
-    return again or _fail(session, error, *where)
+    return again or _fail(session, error, *where, losses=Task.losses + 1)
 
 
-def _fail(session: Session, error: ServiceError, *where: ColumnElement[bool]) -> Task | None:
+def _fail(
+    session: Session, error: ServiceError, *where: ColumnElement[bool], **values: Any
+) -> Task | None:
     task = _advance(
         session,
         TaskStatus.FAILED,
         *where,
         error_code=type(error).__name__,
         error_message=str(error),
+        **values,
     )
     if task is not None:
         ledger.release(session, task)

@@ -87,7 +87,12 @@ CREATE_ERRORS: dict[type[errors.ServiceError], Row] = _ALWAYS | {
     ),
     errors.InsufficientCredits: (402, "insufficient_quota", "insufficient_quota", None),
     errors.ModelAccessDenied: (403, "model_access_denied", INVALID, None),
-    errors.RateLimited: (429, "rate_limit_exceeded", "rate_limit_error", None),
+    errors.RateLimited: (
+        429,
+        "rate_limit_exceeded",
+        "rate_limit_error",
+        "Too many requests, please try again later",
+    ),
     errors.TooManyUnfinished: (429, "rate_limit_exceeded", "rate_limit_error", None),
     errors.InternalError: (500, "internal_error", API, "Internal server error"),
 }
@@ -112,7 +117,12 @@ QUERY_ERRORS: dict[type[errors.ServiceError], Row] = _ALWAYS | {
         INVALID,
         "You don't have permission to access this task",
     ),
-    errors.TaskNotFound: (404, "task_not_found", INVALID, None),
+    errors.TaskNotFound: (
+        404,
+        "task_not_found",
+        INVALID,
+        "The requested task could not be found",
+    ),
     errors.TaskEnded: (409, "task_already_ended", INVALID, None),
     errors.RateLimited: (429, "rate_limit_exceeded", "evo_api_error", "Rate limit exceeded"),
     errors.InternalError: (500, "internal_error", API, "Failed to retrieve task status"),
@@ -185,7 +195,23 @@ create_router = routing.dialect_router(render_create_error, admit_create)
 query_router = routing.dialect_router(render_query_error, admit_read)
 
 
-@create_router.post("/v1/images/generations", summary="Create an image generation task")
+@create_router.post(
+    "/v1/images/generations",
+    summary="Create an image generation task",
+    responses=routing.example(
+        {
+            "created": 1757165031,
+            "id": "task-unified-1757165031-uyujaw3d",
+            "model": "z-image-turbo",
+            "object": "image.generation.task",
+            "progress": 0,
+            "status": "pending",
+            "type": "image",
+            "task_info": {"can_cancel": True, "estimated_time": 10},
+            "usage": {"billing_rule": "per_call", "credits_reserved": 15, "user_group": "default"},
+        }
+    ),
+)
 async def create(request: Request, body: GenerationRequest, caller: Caller) -> Response:
     if body.callback_url is not None:
         await egress.check_callback_url(body.callback_url)
@@ -207,7 +233,25 @@ async def create(request: Request, body: GenerationRequest, caller: Caller) -> R
 TaskId = Annotated[str, Path(description="As the create answered it: `task-unified-…`")]
 
 
-@query_router.get("/v1/tasks/{task_id}", summary="Get task detail")
+@query_router.get(
+    "/v1/tasks/{task_id}",
+    summary="Get task detail",
+    responses=routing.example(
+        {
+            "created": 1757165031,
+            "id": "task-unified-1757165031-uyujaw3d",
+            "model": "z-image-turbo",
+            "object": "image.generation.task",
+            "progress": 100,
+            "status": "completed",
+            "type": "image",
+            "task_info": {"can_cancel": False},
+            "results": ["https://images.example.com/x.png"],
+            "result_data": [{"image_url": "https://images.example.com/x.png", "seed": 7}],
+            "usage": {"billing_rule": "per_call", "credits_used": 15},
+        }
+    ),
+)
 async def get_task(request: Request, task_id: TaskId, caller: Caller) -> Response:
     _check_form(task_id)
     return JSON(render_task(await routing.find(request, caller, task_id)))

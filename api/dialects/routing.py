@@ -36,7 +36,7 @@ from storage.tasks import ImageRequest, Submission
 
 BODY_MAX_BYTES = 64 * 1024
 """The longest prompt, in four-byte characters escaped as \\uXXXX pairs, is a third of this."""
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
 
 RenderError = Callable[[ServiceError], Response]
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -121,11 +121,18 @@ def _first_fault(error: RequestValidationError) -> InvalidRequest:
     fault = error.errors()[0]
     if fault["type"] == "json_invalid":
         return InvalidRequest(f"The body is not JSON: {fault['ctx']['error']}")
+    if isinstance(fault["input"], bytes):  # never read as JSON: it was not said to be
+        return InvalidRequest("The body must be JSON, with Content-Type: application/json")
     where = [str(part) for part in fault["loc"][1:]]
     what = fault["msg"].removeprefix("Value error, ")
     if not where:
         return InvalidRequest(f"body: {what}")
     return InvalidRequest(f"{'.'.join(where)}: {what}", param=where[0])
+
+
+def example(answer: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    """What `/docs` shows of a successful answer."""
+    return {200: {"content": {"application/json": {"example": answer}}}}
 
 
 def drawable(prompt: str) -> str:

@@ -116,7 +116,17 @@ create_router = routing.dialect_router(render_error, admit_create)
 status_router = routing.dialect_router(render_error, admit_read)
 
 
-@create_router.post("/api/generate", summary="Create an image generation task")
+@create_router.post(
+    "/api/generate",
+    summary="Create an image generation task",
+    responses=routing.example(
+        {
+            "code": 200,
+            "message": "success",
+            "data": {"task_id": "task-unified-1757165031-uyujaw3d", "status": "IN_PROGRESS"},
+        }
+    ),
+)
 async def generate(request: Request, body: GenerateRequest, caller: Caller) -> Response:
     width, height = body.pixels()
     image = tasks.ImageRequest(
@@ -131,7 +141,26 @@ async def generate(request: Request, body: GenerateRequest, caller: Caller) -> R
     return _success({"task_id": task.id, "status": STATUSES[task.status]})
 
 
-@status_router.get("/api/status", summary="Get the status and the images of a task")
+@status_router.get(
+    "/api/status",
+    summary="Get the status and the images of a task",
+    responses=routing.example(
+        {
+            "code": 200,
+            "message": "success",
+            "data": {
+                "status": "SUCCESS",
+                "task_id": "task-unified-1757165031-uyujaw3d",
+                "request": {"prompt": "a red fox", "size": "1280*720", "seed": "-1"},
+                "response": ["https://images.example.com/x.jpeg"],
+                "consumed_credits": 15,
+                "created_at": "2025-09-06 13:23:51",
+                "error_message": None,
+                "seed": "1093847",
+            },
+        }
+    ),
+)
 async def status(
     request: Request,
     caller: Caller,

@@ -1,0 +1,250 @@
+"""The real servers, started once for all tests, and the service on a real socket in front of them."""
+
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+import trustme
+
+from deploy import servers
+
+# The settings are read when the first module of the service is imported, so the servers come first.
+_stack = ExitStack()
+_folder = Path(tempfile.mkdtemp(prefix="zimage-tests-"))
+_folder.chmod(0o755)  # PostgreSQL may have to run as another user
+_stack.callback(shutil.rmtree, _folder, ignore_errors=True)
+os.environ.update(_stack.enter_context(servers.running(_folder, durable=False)))
+
+RECEIVER_HOST = "127.0.0.2"
+"""Callbacks may reach this address of the loopback network and no other, as an operator may allow."""
+authority = trustme.CA()
+authority.cert_pem.write_to_path(str(_folder / "ca.pem"))
+
+os.environ.update(
+    ZIMAGE_DATA_DIR=str(_folder / "data"),
+    ZIMAGE_CALLBACK_ALLOWED_NETWORKS=f'["{RECEIVER_HOST}/32"]',
+    ZIMAGE_CALLBACK_CA_FILE=str(_folder / "ca.pem"),
+    ZIMAGE_GROUP_WEIGHTS='{"heavy": 3}',
+    ZIMAGE_LEASE_S="2",
+    ZIMAGE_MODEL="demo",
+)
+
+import alembic.command  # noqa: E402
+import httpx  # noqa: E402
+import uvicorn  # noqa: E402
+from alembic.config import Config  # noqa: E402
+from PIL import Image  # noqa: E402
+from rq import SimpleWorker  # noqa: E402
+from rq.serializers import JSONSerializer  # noqa: E402
+from sqlalchemy import text  # noqa: E402
+
+from api.app import create_app  # noqa: E402
+from storage import accounts, ledger, objects, queue, tasks  # noqa: E402
+from storage.database import engine, transaction  # noqa: E402
+from storage.models import Account, Base, ImageFormat, Task  # noqa: E402
+from worker import generate  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+
+
+def pytest_unconfigure() -> None:
+    engine.dispose()
+    queue.connection.close()
+    _stack.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _schema() -> None:
+    alembic.command.upgrade(Config(toml_file=ROOT / "pyproject.toml"), "head")
+    objects.make_bucket()
+
+
+@pytest.fixture(autouse=True)
+def _empty() -> None:
+    """Every test begins with nothing in the database and nothing in Redis."""
+    tables = ", ".join(set(Base.metadata.tables) - {"fair_clock"})
+    with engine.begin() as connection:
+        connection.execute(text(f"TRUNCATE {tables} RESTART IDENTITY CASCADE"))
+        connection.execute(text("UPDATE fair_clock SET virtual_now = 0"))
+    queue.connection.flushdb()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    """The application behind a real socket: a client sees what a customer sees, when it is sent."""
+    config = uvicorn.Config(create_app(), port=0, log_config=None, access_log=False)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield f"http://127.0.0.1:{port}"
+    server.should_exit = True
+    thread.join()
+
+
+@dataclass(frozen=True)
+class Customer:
+    """An account, a key of it, and a client that shows the key."""
+
+    id: str
+    key: str
+    key_id: str
+    http: httpx.Client
+
+    def books(self) -> tuple[Decimal, Decimal]:
+        """Balance and reserved."""
+        with transaction() as session:
+            account = session.get_one(Account, self.id)
+            return account.balance, account.reserved
+
+    def task(self, task_id: str) -> Task:
+        with transaction() as session:
+            return session.get_one(Task, task_id)
+
+
+NewCustomer = Callable[..., Customer]
+
+
+@pytest.fixture
+def new_customer(server: str) -> Iterator[NewCustomer]:
+    """Make a customer with `credits`; other arguments are those of accounts.create and issue_key."""
+    clients = []
+
+    def make(
+        credits: int = 1500,
+        *,
+        user_group: str = "default",
+        unfinished_max: int | None = None,
+        requests_per_minute: int | None = None,
+        models: list[str] | None = None,
+        admin: bool = False,
+    ) -> Customer:
+        with transaction() as session:
+            account = accounts.create(
+                session, "a customer", user_group=user_group, unfinished_max=unfinished_max
+            )
+            if credits:
+                ledger.grant(session, account.id, Decimal(credits), actor="test")
+            key, secret = accounts.issue_key(
+                session,
+                account.id,
+                requests_per_minute=requests_per_minute,
+                models=models,
+                admin=admin,
+            )
+        http = httpx.Client(
+            base_url=server, headers={"Authorization": f"Bearer {secret}"}, timeout=30
+        )
+        clients.append(http)
+        return Customer(account.id, secret, key.id, http)
+
+    yield make
+    for http in clients:
+        http.close()
+
+
+@pytest.fixture
+def customer(new_customer: NewCustomer) -> Customer:
+    """A customer with 1500 credits and no limits."""
+    return new_customer()
+
+
+@pytest.fixture
+def operator(new_customer: NewCustomer) -> Customer:
+    """Whoever may use `/admin`."""
+    return new_customer(0, admin=True)
+
+
+@pytest.fixture
+def anyone(server: str) -> Iterator[httpx.Client]:
+    """A client without a key."""
+    with httpx.Client(base_url=server, timeout=30) as http:
+        yield http
+
+
+class Paint:
+    """A pipeline that takes no time: one colour, given by the seed, in eight steps."""
+
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        width: int,
+        height: int,
+        seed: int,
+        on_step: Callable[[int, int], None],
+    ) -> Image.Image:
+        for step in range(8):
+            on_step(step + 1, 8)
+        colour = (seed % 256, seed // 256 % 256, seed // 65536 % 256)
+        return Image.new("RGB", (width, height), colour)
+
+
+Work = Callable[..., None]
+
+
+@pytest.fixture
+def work() -> Work:
+    """Do what is enqueued as a worker would, with `pipeline`, at most `max_jobs` of it."""
+
+    def run(
+        pipeline: generate.Pipeline | None = None,
+        *,
+        max_jobs: int | None = None,
+        name: str = "tester",
+    ) -> None:
+        generate.employ(generate.Worker(name, pipeline or Paint()))
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        connection = queue.connect()
+        try:
+            worker = SimpleWorker([queue.NAME], connection=connection, serializer=JSONSerializer)
+            worker.work(burst=True, max_jobs=max_jobs, logging_level="WARNING")
+        finally:
+            connection.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    return run
+
+
+@pytest.fixture
+def submit() -> Callable[..., Task]:
+    """Submit a task for a customer without HTTP, with its job."""
+
+    def run(customer: Customer, **request: object) -> Task:
+        asked = {"prompt": "a cat", "width": 64, "height": 64, "image_format": ImageFormat.PNG}
+        submission = tasks.Submission(
+            account_id=customer.id,
+            api_key_id=customer.key_id,
+            request=tasks.ImageRequest(**(asked | request)),  # type: ignore[arg-type]
+            dialect="test",
+            price=Decimal(15),
+        )
+        with transaction() as session:
+            (outcome,) = tasks.submit_many(session, [submission])
+        if isinstance(outcome, Exception):
+            raise outcome
+        queue.ring(1)
+        return outcome
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _books_balance() -> Iterator[None]:
+    """Whatever a test does, the books balance afterwards."""
+    yield
+    with transaction() as session:
+        books = ledger.check_books(session)
+    assert books.balanced, books.faults

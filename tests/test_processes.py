@@ -1,0 +1,144 @@
+"""Real processes, killed without warning in the middle of their work: nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+import httpx
+from sqlalchemy import select
+
+from deploy import reach
+from storage import queue
+from storage.database import transaction
+from storage.models import LedgerEntry, Task, TaskStatus
+
+if TYPE_CHECKING:
+    from tests.conftest import Customer
+
+    Submit = Callable[..., Task]
+
+
+@contextmanager
+def process(*module: str) -> Iterator[subprocess.Popen[bytes]]:
+    """`python -m module`, which is ended at the end if it still runs."""
+    child = subprocess.Popen([sys.executable, "-m", *module])
+    try:
+        yield child
+    finally:
+        if child.poll() is None:
+            child.send_signal(signal.SIGTERM)
+        child.wait()
+
+
+def statuses() -> list[TaskStatus]:
+    with transaction() as session:
+        return list(session.scalars(select(Task.status)))
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 100
+    while not true():
+        assert time.monotonic() < deadline, statuses()
+        time.sleep(0.05)
+
+
+def drawing() -> bool:
+    """Whether a task is past its first step and not at its end."""
+    with transaction() as session:
+        found = session.scalars(select(Task).where(Task.status == TaskStatus.PROCESSING)).all()
+    return any(task.progress > 0 for task in found)
+
+
+def all_completed(times: int) -> Callable[[], bool]:
+    return lambda: statuses() == [TaskStatus.COMPLETED] * times
+
+
+def charged() -> list[str | None]:
+    with transaction() as session:
+        return sorted(session.scalars(select(LedgerEntry.task_id).where(LedgerEntry.amount < 0)))
+
+
+def test_a_worker_killed_in_the_middle_and_redis_emptied_lose_nothing(
+    customer: Customer, submit: Submit
+) -> None:
+    submitted = [submit(customer, width=1024, height=1024)]
+    submitted += [submit(customer, width=256, height=256) for _ in range(20)]
+    with process("api.courier"):
+        with process("worker") as worker:
+            wait_until(drawing)
+            worker.send_signal(signal.SIGKILL)
+            worker.wait()
+        with process("worker"):
+            wait_until(lambda: TaskStatus.COMPLETED in statuses())
+            queue.connection.flushall()
+            wait_until(all_completed(21))
+            wait_until(lambda: queue.workers() == 1)  # it tells again that it is there
+
+    assert charged() == sorted(task.id for task in submitted)
+    assert customer.books() == (1500 - 21 * 15, 0)
+    with transaction() as session:
+        drawn_again = session.scalars(select(Task.id).where(Task.losses == 1)).all()
+    assert len(drawn_again) == 1
+
+
+def test_a_worker_that_is_told_to_stop_finishes_its_task_first(
+    customer: Customer, submit: Submit
+) -> None:
+    for _ in range(2):
+        submit(customer, width=1024, height=1024)
+    with process("worker") as worker:
+        wait_until(drawing)
+        worker.send_signal(signal.SIGTERM)
+        assert worker.wait() == 0
+
+    assert sorted(statuses()) == [TaskStatus.COMPLETED, TaskStatus.PENDING]
+    assert queue.count() == 1
+    assert queue.workers() == 0
+
+
+def test_a_courier_that_is_told_to_stop_does() -> None:
+    with process("api.courier") as courier:
+        wait_until(lambda: bool(queue.connection.pubsub_numsub("zimage:tasks")[0][1]))
+        courier.send_signal(signal.SIGTERM)
+        assert courier.wait() == 0
+
+
+def test_an_api_process_that_is_told_to_stop_answers_first(customer: Customer) -> None:
+    port = reach.free_port()
+    env = os.environ | {"ZIMAGE_PORT": str(port)}
+    api = subprocess.Popen([sys.executable, "-m", "api", "serve"], env=env)
+    try:
+        answers: list[int] = []
+        with httpx.Client(
+            base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {customer.key}"}
+        ) as http:
+            wait_until(lambda: _answers(http))
+            body = {"prompt": "a cat", "aspect_ratio": "1:1"}
+
+            with suppress(httpx.TransportError):  # until it no longer listens
+                for _ in range(50):
+                    answers.append(http.post("/api/generate", json=body).status_code)
+                    if len(answers) == 5:
+                        api.send_signal(signal.SIGTERM)
+        assert api.wait() == -signal.SIGTERM  # uvicorn ends by the signal, once it has answered
+    finally:
+        if api.poll() is None:
+            api.kill()
+            api.wait()
+
+    assert set(answers) == {200}
+    assert len(statuses()) == len(answers)  # what was answered is there, and nothing else
+
+
+def _answers(http: httpx.Client) -> bool:
+    try:
+        return http.get("/health").status_code == 200
+    except httpx.TransportError:
+        return False

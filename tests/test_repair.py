@@ -1,0 +1,135 @@
+"""Every row of the crash table: what a process that died left behind is found and put right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import TYPE_CHECKING
+
+from sqlalchemy import update
+
+from storage import objects, queue, repair, tasks
+from storage.database import transaction
+from storage.models import ImageFormat, Task, TaskStatus
+from storage.settings import settings
+
+if TYPE_CHECKING:
+    from tests.conftest import Customer, Work
+
+    Submit = Callable[..., Task]
+
+
+def die_in_the_middle(times: int = 1) -> None:
+    """Claim as a worker would, and be heard of no more."""
+    for _ in range(times):
+        with transaction() as session:
+            assert tasks.claim_next(session, "a dead worker") is not None
+    with transaction() as session:
+        past = datetime.now(UTC) - timedelta(seconds=1)
+        session.execute(
+            update(Task).where(Task.status == TaskStatus.PROCESSING).values(lease_until=past)
+        )
+
+
+def test_a_task_whose_job_was_never_enqueued_is_rung_for(
+    customer: Customer, submit: Submit, work: Work
+) -> None:
+    task = submit(customer)
+    queue.connection.flushdb()
+
+    assert repair.lost_jobs() == 1
+    work()
+    assert customer.task(task.id).status is TaskStatus.COMPLETED
+
+
+def test_after_redis_lost_everything_all_that_waits_is_drawn(
+    customer: Customer, submit: Submit, work: Work
+) -> None:
+    waiting = [submit(customer) for _ in range(20)]
+    queue.connection.flushdb()
+
+    repair.lost_jobs()
+    work()
+
+    assert {customer.task(task.id).status for task in waiting} == {TaskStatus.COMPLETED}
+    assert customer.books() == (1500 - 20 * 15, 0)
+
+
+def test_nothing_is_rung_for_where_no_job_is_missing(customer: Customer, submit: Submit) -> None:
+    submit(customer)
+
+    assert repair.lost_jobs() == 0
+    assert queue.count() == 1
+
+
+def test_one_look_rings_for_a_bounded_number(customer: Customer, submit: Submit) -> None:
+    with transaction() as session:
+        request = tasks.ImageRequest("a cat", 64, 64, ImageFormat.PNG)
+        one = tasks.Submission(customer.id, customer.key_id, request, "test", price=Decimal(0))
+        tasks.submit_many(session, [one] * (queue.RING_MAX + 1))
+
+    assert repair.lost_jobs() == queue.RING_MAX
+    assert repair.lost_jobs() == 1
+    assert repair.lost_jobs() == 0
+
+
+def test_the_task_of_a_dead_worker_is_drawn_again_and_charged_once(
+    customer: Customer, submit: Submit, work: Work
+) -> None:
+    task = submit(customer)
+    queue.connection.flushdb()
+    die_in_the_middle()
+
+    assert repair.lost_workers() == 1
+    work()
+
+    drawn = customer.task(task.id)
+    assert (drawn.status, drawn.attempt, drawn.losses) == (TaskStatus.COMPLETED, 2, 1)
+    assert customer.books() == (1485, 0)
+
+
+def test_a_task_that_kills_its_workers_fails_in_the_end(customer: Customer, submit: Submit) -> None:
+    task = submit(customer)
+    for _ in range(settings.losses_max):
+        die_in_the_middle()
+        repair.lost_workers()
+
+    assert customer.task(task.id).error_code == "WorkerLost"
+    assert customer.books() == (1500, 0)
+
+
+def test_the_task_of_a_living_worker_is_left_alone(customer: Customer, submit: Submit) -> None:
+    submit(customer)
+    with transaction() as session:
+        tasks.claim_next(session, "a worker")
+
+    assert repair.lost_workers() == 0
+
+
+def test_several_couriers_repair_each_task_once(customer: Customer, submit: Submit) -> None:
+    for _ in range(20):
+        submit(customer)
+    die_in_the_middle(20)
+
+    with ThreadPoolExecutor(4) as pool:
+        taken = list(pool.map(lambda _: repair.lost_workers(), range(4)))
+
+    assert sum(taken) == 20
+    with transaction() as session:
+        found = tasks.newest(session, account_id=customer.id, status=None, before=None, limit=100)
+    assert {(task.status, task.losses) for task in found} == {(TaskStatus.PENDING, 1)}
+
+
+def test_an_image_that_nobody_knows_goes_when_its_time_is_over() -> None:
+    objects.delete_older_than(timedelta(0))
+    key = objects.put(b"an image whose worker died", ImageFormat.PNG)
+
+    assert repair.old_images() == 0
+    assert objects.delete_older_than(timedelta(days=1)) == 0
+    assert objects._client().head_object(Bucket=settings.s3_bucket, Key=key)
+
+    assert objects.delete_older_than(timedelta(0)) == 1
+    listed = objects._client().list_objects_v2(Bucket=settings.s3_bucket)
+    assert "Contents" not in listed

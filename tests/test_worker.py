@@ -1,0 +1,273 @@
+"""What a worker does with a task, whatever goes wrong while it draws."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+from PIL import Image
+
+from storage import objects, queue, tasks
+from storage.database import transaction
+from storage.errors import GenerationTimeout, ResourceExhausted
+from storage.models import Task, TaskStatus
+from storage.settings import settings
+from worker import generate
+from worker.pipeline import TurboPipeline
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.conftest import Customer, Work
+
+    Submit = Callable[..., Task]
+
+
+class Raises:
+    """A pipeline that draws half and then raises."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+        self.times = 0
+
+    def __call__(
+        self, prompt: str, *, on_step: Callable[[int, int], None], **_: int
+    ) -> Image.Image:
+        self.times += 1
+        on_step(4, 8)
+        raise self.error
+
+
+class Meanwhile:
+    """A pipeline during which something else happens, and which then goes on drawing."""
+
+    def __init__(self, happens: Callable[[], object]) -> None:
+        self.happens = happens
+        self.drew_to_the_end = False
+
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        width: int,
+        height: int,
+        seed: int,
+        on_step: Callable[[int, int], None],
+    ) -> Image.Image:
+        self.happens()
+        for _ in range(10_000_000):
+            on_step(1, 8)
+        self.drew_to_the_end = True
+        return Image.new("RGB", (width, height))
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> TurboPipeline:
+    folder: Path = tmp_path_factory.mktemp("models")
+    return TurboPipeline.load("demo", device="cpu", dtype="auto", cache_dir=folder)
+
+
+def test_the_real_pipeline_draws_what_was_asked_for(
+    customer: Customer, work: Work, demo: TurboPipeline
+) -> None:
+    body = {"model": "z-image-turbo", "prompt": "a cat", "size": "400x376", "seed": 7}
+    ids = [customer.http.post("/v1/images/generations", json=body).json()["id"] for _ in range(2)]
+    work(demo)
+
+    links = [customer.http.get(f"/v1/tasks/{task_id}").json()["results"][0] for task_id in ids]
+    first, second = (httpx.get(link) for link in links)
+    image = Image.open(io.BytesIO(first.content))
+    assert (image.format, image.size) == ("PNG", (400, 376))
+    assert first.headers["content-type"] == "image/png"
+    assert first.content == second.content
+    assert customer.books() == (1470, 0)
+
+
+def test_a_pipeline_that_raises_fails_the_task_and_charges_nothing(
+    customer: Customer, submit: Submit, work: Work, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = submit(customer)
+    work(Raises(KeyError("a secret of ours")))
+
+    data = customer.http.get("/api/status", params={"task_id": task.id}).json()["data"]
+    assert data["status"] == "FAILED"
+    assert "try again" in data["error_message"]
+    assert "secret" not in json.dumps(data)
+    assert customer.books() == (1500, 0)
+    assert queue.generate_queue.failed_job_registry.count == 1  # rq keeps the traceback
+
+
+@pytest.mark.parametrize("error", [ResourceExhausted(), GenerationTimeout()])
+def test_what_the_customer_may_know_is_said_in_its_own_words(
+    customer: Customer, submit: Submit, work: Work, error: Exception
+) -> None:
+    task = submit(customer)
+    work(Raises(error))
+
+    ended = customer.task(task.id)
+    assert ended.status is TaskStatus.FAILED
+    assert ended.error_code == type(error).__name__
+    assert ended.error_message == str(error)
+    assert queue.generate_queue.failed_job_registry.count == 0  # expected, so no bug to look at
+
+
+def test_a_failing_task_does_not_stop_the_next(
+    customer: Customer, submit: Submit, work: Work
+) -> None:
+    submit(customer)
+    work(Raises(ValueError()))
+    task = submit(customer)
+    work()
+
+    assert customer.task(task.id).status is TaskStatus.COMPLETED
+
+
+@pytest.mark.parametrize("signal", [SystemExit(), KeyboardInterrupt()])
+def test_a_worker_that_is_stopped_hands_its_task_back(
+    customer: Customer, submit: Submit, signal: BaseException
+) -> None:
+    task = submit(customer)
+    generate.employ(generate.Worker("tester", Raises(signal)))
+    with pytest.raises(type(signal)):
+        generate.run()
+
+    assert customer.task(task.id).status is TaskStatus.PENDING
+    assert customer.task(task.id).losses == 0
+    assert customer.books() == (1500, 15)
+    assert queue.count() == 2  # the job that was not taken here, and the one that rings again
+
+
+def test_a_cancelled_task_is_not_drawn_to_its_end(
+    customer: Customer, submit: Submit, work: Work
+) -> None:
+    task = submit(customer)
+
+    def cancel() -> None:
+        assert customer.http.post(f"/v1/tasks/{task.id}/cancel").status_code == 200
+
+    pipeline = Meanwhile(cancel)
+    work(pipeline)
+
+    assert not pipeline.drew_to_the_end
+    assert customer.task(task.id).status is TaskStatus.CANCELLED
+    assert customer.books() == (1500, 0)
+
+
+def test_progress_is_seen_while_it_is_drawn(customer: Customer, submit: Submit, work: Work) -> None:
+    task = submit(customer)
+    seen: list[int] = []
+
+    class Half:
+        def __call__(
+            self,
+            prompt: str,
+            *,
+            width: int,
+            height: int,
+            seed: int,
+            on_step: Callable[[int, int], None],
+        ) -> Image.Image:
+            on_step(4, 8)
+            while not seen or seen[-1] == 0:
+                answer = customer.http.get(f"/v1/tasks/{task.id}").json()
+                assert answer["status"] == "processing"
+                seen.append(answer["progress"])
+            return Image.new("RGB", (width, height))
+
+    work(Half())
+
+    assert seen[-1] == 50
+    assert customer.task(task.id).progress == 100
+
+
+def test_a_lease_is_kept_for_longer_than_it_lasts(
+    customer: Customer, submit: Submit, work: Work
+) -> None:
+    task = submit(customer)
+
+    class Slow:
+        """Draws until the lease that came with the claim is over by the database's own clock."""
+
+        def __call__(
+            self,
+            prompt: str,
+            *,
+            width: int,
+            height: int,
+            seed: int,
+            on_step: Callable[[int, int], None],
+        ) -> Image.Image:
+            first = customer.task(task.id).lease_until
+            assert first is not None
+            while True:
+                with transaction() as session:
+                    now = session.execute(tasks.select(tasks.func.clock_timestamp())).scalar_one()
+                    assert tasks.expired(session, 10) == []
+                if now > first:
+                    return Image.new("RGB", (width, height))
+
+    work(Slow())
+
+    assert customer.task(task.id).status is TaskStatus.COMPLETED
+
+
+def test_a_task_past_its_time_limit_is_stopped_at_the_next_step(
+    customer: Customer, submit: Submit
+) -> None:
+    submit(customer)
+    with transaction() as session:
+        task = tasks.claim_next(session, "tester")
+    assert task is not None
+    lease = generate.Lease(tasks.claim_of(task))
+    lease._deadline -= settings.task_timeout_s
+
+    with lease, pytest.raises(GenerationTimeout):
+        lease.step(1, 8)
+
+
+def test_an_image_store_that_refuses_is_tried_again_and_then_fails_uncharged(
+    customer: Customer, submit: Submit, work: Work
+) -> None:
+    task = submit(customer)
+    bucket = settings.s3_bucket
+    objects.delete_older_than(timedelta(0))
+    objects._client().delete_bucket(Bucket=bucket)
+    try:
+        work()
+    finally:
+        objects.make_bucket()
+
+    ended = customer.task(task.id)
+    assert ended.losses == settings.losses_max
+    assert ended.error_code == "StorageUnavailable"
+    assert customer.books() == (1500, 0)
+
+
+def test_a_ring_too_many_finds_nothing(customer: Customer, submit: Submit, work: Work) -> None:
+    submit(customer)
+    queue.ring(5)
+    work()
+
+    assert customer.books() == (1485, 0)
+    assert queue.count() == 0
+
+
+def test_the_queue_shows_the_true_number_waiting(
+    customer: Customer, submit: Submit, work: Work
+) -> None:
+    for _ in range(5):
+        submit(customer)
+    work(max_jobs=2)
+
+    assert queue.count() == 3
+
+
+def test_the_job_that_is_rung_for_is_the_one_the_worker_has() -> None:
+    module, _, name = queue.GENERATE.rpartition(".")
+    assert module == generate.__name__
+    assert getattr(generate, name) is generate.run
