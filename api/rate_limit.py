@@ -11,7 +11,7 @@ import structlog
 from limits import RateLimitItem, RateLimitItemPerMinute, RateLimitItemPerSecond
 from limits.aio.storage import RedisStorage
 from limits.aio.strategies import MovingWindowRateLimiter
-from redis.asyncio import Connection, ConnectionPool
+from redis.asyncio import ConnectionPool
 from redis.exceptions import RedisError
 
 from api.settings import settings
@@ -28,14 +28,14 @@ class RateLimiter:
 
     def __init__(self) -> None:
         url = storage_settings.redis_url.get_secret_value()
-        self._connections: ConnectionPool[Connection] = ConnectionPool.from_url(
+        self._connections = ConnectionPool.from_url(
             url, socket_connect_timeout=CONNECT_TIMEOUT_S, socket_timeout=ANSWER_TIMEOUT_S
         )
         storage = RedisStorage(
             "async+" + url,
             implementation="redispy",
             key_prefix="zimage:limits",
-            connection_pool=self._connections,  # type: ignore[arg-type] - its docs name it
+            connection_pool=self._connections,  # type: ignore[arg-type]
         )
         self._windows = MovingWindowRateLimiter(storage)
         self._reads = RateLimitItemPerSecond(settings.reads_per_second)

@@ -99,7 +99,14 @@ def make_bucket() -> None:
         except ClientError as error:
             if error.response["ResponseMetadata"]["HTTPStatusCode"] != HTTPStatus.NOT_FOUND:
                 raise
-            _client().create_bucket(Bucket=settings.s3_bucket)
+            if settings.s3_endpoint_url is None and settings.s3_region != "us-east-1":
+                # AWS wants its regions named, except the first; other servers know no regions.
+                _client().create_bucket(
+                    Bucket=settings.s3_bucket,
+                    CreateBucketConfiguration={"LocationConstraint": settings.s3_region},  # type: ignore[typeddict-item]
+                )
+            else:
+                _client().create_bucket(Bucket=settings.s3_bucket)
 
 
 @contextmanager

@@ -17,6 +17,9 @@ import trustme
 
 from deploy import servers
 
+# Two test processes with torch would otherwise spin against each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 # The settings are read when the first module of the service is imported, so the servers come first.
 _stack = ExitStack()
 _folder = Path(tempfile.mkdtemp(prefix="zimage-tests-"))

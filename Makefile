@@ -1,0 +1,54 @@
+# Two words to run, two to test: `make up`, `make test`. Needs make and Python 3.11 or newer.
+
+PYTHON ?= python3
+BIN := .venv/bin
+EXTRAS := worker,local,dev
+
+.DEFAULT_GOAL := help
+.PHONY: help up test lint check format lock clean
+
+help: ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1 /p' Makefile | \
+		while read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+
+up: .venv/installed ## Run the whole service here until Ctrl-C
+	@$(BIN)/python -m deploy.local
+
+test: .venv/installed ## Run the tests
+	@$(BIN)/pytest
+
+lint: .venv/installed ## Check format, rules, types and who imports whom
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+check: lint test ## Everything that must hold before a commit
+
+format: .venv/installed ## Write the code as `lint` wants it, where that needs no thought
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer is needed: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Installing into .venv; torch and its like are large, so this may take minutes."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+# Tags such as +cpu name a build, not a version: they would tie everyone to one index.
+lock: ## Write the newest versions that fit into constraints.txt
+	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	echo "Installing the newest of everything beside .venv; this may take minutes."; \
+	$(PYTHON) -m venv "$$folder/venv"; \
+	"$$folder/venv/bin/pip" install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]'; \
+	"$$folder/venv/bin/pip" freeze --exclude-editable > "$$folder/frozen"; \
+	if grep -n '[@/:]' "$$folder/frozen"; then echo "A version must come from an index." >&2; exit 1; fi; \
+	{ echo "# Every version that is installed, by \`make lock\`. For \`pip install -c\`."; \
+	sed 's/+[A-Za-z0-9.]*$$//' "$$folder/frozen"; } > "$$folder/constraints.txt"; \
+	cp "$$folder/constraints.txt" constraints.txt
+
+clean: ## Remove what can be made again; the data folder stays
+	@rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache *.egg-info
+	@find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""How the service is put on machines: one machine (`local.py`) and containers (`docker/`)."""

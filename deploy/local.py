@@ -1,0 +1,253 @@
+"""`make up`: the whole service on one machine, in the foreground, until Ctrl-C.
+
+settings ─► lock ─► servers not configured ─► prepare ─► API, worker, courier ─► watch ─► stop
+"""
+
+import http.client
+import json
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from deploy import folder, orphans, plan, private, servers, settings
+from deploy.errors import CannotStart
+from deploy.reach import is_wildcard
+from deploy.servers import Server
+from deploy.settings import LocalSettings
+from deploy.supervision import MARK, ROOT, Supervision, supervised
+from deploy.terminal import Follower, say
+from deploy.wish import Stopped, Wish
+
+POLL_S = 0.2
+READY_POLL_S = 0.5
+LOOK_S = 1
+PATIENCE_S = 30
+"""How often we say what is waited for: the weights may have to be downloaded."""
+OPEN_FILES = 8192
+"""One for every connection that the API holds; many systems begin with 256 or 1024."""
+
+
+def main() -> int:
+    wish = Wish()
+    try:
+        up(settings.load(), wish)
+    except Stopped:
+        say("Stopped.")
+    except CannotStart as error:
+        print(f"make up: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def up(chosen: LocalSettings, wish: Wish) -> None:
+    """Run the service until we are asked to stop; whatever the end, all that was started has ended.
+
+    Raises:
+        Stopped: we were asked to.
+        CannotStart: the message says what is wrong.
+    """
+    data = chosen.data_dir.expanduser().absolute()
+    folder.make(data)
+    with folder.locked(data, wish.check) as lock:
+        orphans.end({MARK: str(data)})  # of a run whose process manager was killed as well
+        plan.check_surroundings(chosen)
+        own = plan.own_servers(chosen, data)
+        env = plan.environment(chosen, data, own)
+        _write_for_shells(data / "service.env", env)
+        _allow_open_files()
+        programs = [*map(plan.program, own), *plan.APP_PROGRAMS]
+        shown = Follower({program.name: data / program.log for program in plan.APP_PROGRAMS})
+        with supervised(programs, data, env, keep_open=lock, in_haste=wish.in_haste) as running:
+            try:
+                _start_servers(running, own, data, wish)
+                _run(("prepare",), env, wish)
+                _run(("demo-credentials", str(data / "credentials.env")), env, wish)
+                _start_app(running, chosen, data, wish, shown)
+                say(_welcome(chosen, data))
+                _watch(running, wish, shown)
+            except Stopped:
+                say("Stopping. The worker finishes its task first; Ctrl-C again stops it at once.")
+                raise
+            finally:
+                shown.show()
+
+
+def _start_servers(running: Supervision, own: Sequence[Server], data: Path, wish: Wish) -> None:
+    if own:
+        say(f"Starting {', '.join(server.name for server in own)} in {data}")
+    for server in own:
+        running.start(server.name)
+    for server in own:
+
+        def alive(name: str = server.name) -> bool:
+            wish.check()
+            return not running.states()[name].given_up
+
+        servers.wait_until_ready(server, data / plan.program(server).log, alive)
+
+
+def _run(command: Sequence[str], env: Mapping[str, str], wish: Wish) -> None:
+    """Run an operator's command; if it fails, it has said why, and we end as it did."""
+    with subprocess.Popen(
+        (sys.executable, "-m", "api", *command),
+        cwd=ROOT,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,  # a Ctrl-C is for us
+    ) as process:
+        try:
+            while process.poll() is None:
+                wish.check()
+                time.sleep(POLL_S / 4)
+        except Stopped:
+            process.terminate()
+            raise
+    if process.returncode:
+        raise SystemExit(1)
+
+
+def _start_app(
+    running: Supervision, chosen: LocalSettings, data: Path, wish: Wish, shown: Follower
+) -> None:
+    """Return when the API is ready and a worker has loaded its model.
+
+    What ends before that will do so again, so it is not tried again: the person can mend it.
+    """
+    say(f"Starting the API at {chosen.address}, a worker with the model {chosen.model}, a courier")
+    for program in plan.APP_PROGRAMS:
+        running.start(program.name)
+    first = running.states()
+    patience = time.monotonic() + PATIENCE_S
+    while not _ready(chosen.address):
+        states = running.states()
+        for program in plan.APP_PROGRAMS:
+            pid = states[program.name].pid if states else 0
+            if pid == 0 or pid != first[program.name].pid:
+                shown.show()
+                raise CannotStart(f"The {program.name} ended: {_last_words(data / program.log)}")
+        if time.monotonic() > patience:
+            patience += PATIENCE_S
+            say(f"Still starting; what is there and what is missing: {chosen.address}/ready")
+        look = time.monotonic() + READY_POLL_S
+        while time.monotonic() < look:
+            wish.check()
+            shown.show()
+            time.sleep(POLL_S)
+    shown.show()
+
+
+def _last_words(log: Path) -> str:
+    lines = log.read_text(errors="replace").strip().splitlines()
+    return lines[-1] if lines and not lines[-1].startswith("{") else f"why is in {log}"
+
+
+def _ready(address: str) -> bool:
+    parts = urlsplit(address)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=5)
+    try:
+        connection.request("GET", "/ready")
+        answer = connection.getresponse()
+        return answer.status == 200 and json.load(answer)["workers"] >= 1
+    except (OSError, http.client.HTTPException, ValueError):
+        return False
+    finally:
+        connection.close()
+
+
+def _watch(running: Supervision, wish: Wish, shown: Follower) -> None:
+    """Show the app's log, and see to it that what supervisord gave up on is tried again.
+
+    Raises:
+        Stopped: we are asked to stop.
+        CannotStart: supervisord itself has ended.
+    """
+    pids: dict[str, int] = {}
+    look = time.monotonic()
+    while running.alive:
+        wish.check()
+        shown.show()
+        time.sleep(POLL_S)
+        if time.monotonic() < look:
+            continue
+        look += LOOK_S
+        for name, state in running.states().items():
+            if state.given_up:
+                running.start(name)
+            if state.pid and pids.setdefault(name, state.pid) != state.pid:
+                pids[name] = state.pid
+                say(f"The {name} had ended and was started again, as process {state.pid}")
+    raise CannotStart("The process manager has ended; start again")
+
+
+def _welcome(chosen: LocalSettings, data: Path) -> str:
+    """All that a person needs for a first image; the last lines can be pasted into a shell."""
+    keys = shlex.quote(_near(data / "credentials.env"))
+    lines = [
+        "",
+        f"  Ready at     {chosen.address}",
+        f"  Explained    {chosen.address}/docs",
+        f"  Keys         {_near(data / 'credentials.env')}",
+        f"  Logs         {_near(data / 'logs')}",
+        f"  Model        {chosen.model}",
+    ]
+    if chosen.model == "demo":
+        lines += [
+            "               Its weights are random: it draws texture, not your prompt. For images",
+            "               set ZIMAGE_MODEL=Tongyi-MAI/Z-Image-Turbo, on a machine with a GPU.",
+        ]
+    if is_wildcard(chosen.host) and not (chosen.s3_endpoint_url or chosen.s3_public_url):
+        lines += [
+            "  Note         Image URLs lead to this machine only; set ZIMAGE_S3_PUBLIC_URL to",
+            f"               http://its-address:{chosen.own_s3_port} for others to fetch images.",
+        ]
+    body = json.dumps({"model": "z-image-turbo", "prompt": "a cat", "size": "1:1"})
+    return "\n".join(
+        [
+            *lines,
+            "  To stop      Ctrl-C",
+            "",
+            "  Try it, from another terminal:",
+            "",
+            f"    . {keys}",
+            f"    curl {chosen.address}/v1/images/generations \\",
+            '      -H "Authorization: Bearer $ZIMAGE_API_KEY" \\',
+            f"      -H 'Content-Type: application/json' -d '{body}'",
+            "",
+        ]
+    )
+
+
+def _near(path: Path) -> str:
+    """The path as it is written from here, which `.` in a shell takes only with a slash in it."""
+    with suppress(ValueError):
+        return f"./{path.relative_to(Path.cwd())}"
+    return str(path)
+
+
+def _write_for_shells(path: Path, env: Mapping[str, str]) -> None:
+    """For `. service.env`, after which `python -m api …` and `rq info` find the same servers."""
+    private.write(
+        path,
+        "".join(
+            f"export {name}={shlex.quote(value)}\n"
+            for name, value in sorted(env.items())
+            if name.startswith("ZIMAGE_")
+        ),
+    )
+
+
+def _allow_open_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

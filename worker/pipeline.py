@@ -1,0 +1,223 @@
+"""Prompts in, images out: the one file that knows torch and diffusers at work."""
+
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+# Read once, when torch is loaded. On a CPU, torch's threads otherwise spin while they wait for each
+# other and take the cores from the rest of the machine, and so from themselves: with one other busy
+# process on two cores 512 x 512 took 7 to 15 s, so it takes 0.8 s; alone there is no difference.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+from diffusers import ZImagePipeline, ZImageTransformer2DModel
+from diffusers.utils import logging as diffusers_logging
+from PIL import Image
+from transformers.utils import logging as transformers_logging
+
+from storage.errors import ResourceExhausted
+from worker.demo import build as demo
+
+STEPS = 8
+"""Distilled for 8. One forward each since diffusers 0.39; before that 9 gave 8.
+
+Source: https://github.com/huggingface/diffusers/pull/13730
+"""
+
+GUIDANCE = 0.0
+"""Distilled without classifier-free guidance: anything else costs twice and degrades the image."""
+
+SIDE_STEP_PX = 16
+"""The pipeline draws sides in multiples of this: the VAE's factor 8, times patches of 2."""
+
+DEMO = "demo"
+"""The model name that stands for the small model with random weights."""
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+# What an allocator says that has no exception class of its own: CUDA's libraries and Apple's GPU,
+# the CPU on Linux and macOS, the CPU on Windows, cuBLAS.
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+
+
+class ModelUnavailable(Exception):
+    """The model cannot be loaded; the message says which, from where, and why, in one sentence."""
+
+
+class TurboPipeline:
+    """Z-Image-Turbo, or any model of the same classes, loaded once per process.
+
+    The real one: 6 B parameters, 19.1 GB of weights in bfloat16. Draws one image at a time; two
+    threads may not call it at once, because the scheduler keeps its place between steps.
+
+    Source: `components_manager.md` of diffusers 0.42.
+    """
+
+    def __init__(self, pipeline: ZImagePipeline, *, model: str, device: str, dtype: str) -> None:
+        self.model = model
+        self.device = device
+        self.dtype = dtype
+        self.is_demo = model == DEMO
+        """Whether the weights are random, and the images texture."""
+        self._pipeline = pipeline
+
+    @classmethod
+    def load(cls, model: str, *, device: str, dtype: str, cache_dir: Path) -> Self:
+        """Load `model` and put it on `device`.
+
+        Args:
+            model: a folder in diffusers' layout, an id on the Hugging Face hub, or `demo`. A
+                folder and the demo are loaded without a look at the network.
+            device: `auto`, or a name that torch knows: `cuda`, `cuda:1`, `mps`, `cpu`.
+            dtype: `auto`, `bfloat16`, `float16` or `float32`.
+            cache_dir: where the demo model is built. The hub's files have their own cache, which
+                `HF_HOME` moves.
+
+        Raises:
+            ModelUnavailable: whatever went wrong.
+        """
+        # Bars are for terminals; between a worker's log lines they are noise.
+        diffusers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()
+        if model == DEMO:
+            place = f"in {cache_dir}"
+        elif Path(model).is_dir():
+            place = "as a folder"
+        else:
+            place = "from the Hugging Face hub (there is no folder of this name)"
+        try:
+            device, precision = choose(
+                device,
+                dtype,
+                cuda=torch.cuda.is_available(),
+                mps=torch.backends.mps.is_available(),
+                bfloat16=_has_bfloat16(),
+            )
+            pipeline = ZImagePipeline.from_pretrained(
+                demo.ensure(cache_dir) if model == DEMO else model,
+                dtype=precision,
+                use_safetensors=True,  # never a pickle, which can run code
+            )
+            # diffusers only warns about this, and would fail at the first customer's image.
+            if not isinstance(pipeline.transformer, ZImageTransformer2DModel):
+                found = type(pipeline.transformer).__name__
+                raise TypeError(f"its transformer is {found}, not ZImageTransformer2DModel")
+            pipeline.to(device)
+        except Exception as error:  # the libraries raise anything, from KeyError to AssertionError
+            raise ModelUnavailable(
+                f"The model {model!r} could not be loaded {place}, "
+                f"device {device}, dtype {dtype}: {_reason(error)}"
+            ) from error
+        pipeline.set_progress_bar_config(disable=True)
+        return cls(
+            pipeline, model=model, device=device, dtype=str(precision).removeprefix("torch.")
+        )
+
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        width: int,
+        height: int,
+        seed: int,
+        on_step: Callable[[int, int], None],
+    ) -> Image.Image:
+        """Draw `prompt` and return an RGB image, 8 bit, of exactly `width` x `height` pixels.
+
+        The same prompt, size and seed give the same pixels on the same machine. A side that is no
+        multiple of 16 is drawn at the next one, and the middle is kept. The pipeline reads no
+        more than the first 512 tokens of a prompt.
+
+        `on_step` is called after each denoising step with the steps done and the steps in all; a
+        GPU may still have that step in its queue. What `on_step` raises ends the drawing and comes
+        out of here; the next image is not affected.
+
+        Raises:
+            ResourceExhausted: out of memory. What was held for this image is given back.
+        """
+        try:
+            image = self._draw(prompt, _rounded_up(width), _rounded_up(height), seed, on_step)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            # The frames of the traceback still hold this image's tensors; without this the cache
+            # would have nothing to give back while the error is on its way up.
+            traceback.clear_frames(error.__traceback__)
+            if torch.accelerator.is_available():
+                torch.accelerator.empty_cache()
+            raise ResourceExhausted from error
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return image.crop((left, top, left + width, top + height))
+
+    @torch.inference_mode()
+    def _draw(
+        self, prompt: str, width: int, height: int, seed: int, on_step: Callable[[int, int], None]
+    ) -> Image.Image:
+        def step_ended(_: Any, index: int, __: Any, ___: dict[str, Any]) -> dict[str, Any]:
+            on_step(index + 1, STEPS)
+            return {}  # nothing to replace
+
+        drawn = self._pipeline(
+            prompt=[prompt],  # a new list each time: the pipeline overwrites it in place
+            width=width,
+            height=height,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            # On the CPU wherever the drawing is, so that a seed means the same noise everywhere.
+            generator=torch.Generator("cpu").manual_seed(seed),
+            callback_on_step_end=step_ended,
+            callback_on_step_end_tensor_inputs=[],
+        )
+        image: Image.Image = drawn.images[0]
+        return image
+
+
+def choose(
+    device: str, dtype: str, *, cuda: bool, mps: bool, bfloat16: bool
+) -> tuple[str, torch.dtype]:
+    """Return the device and the precision that `auto` stands for; anything else is kept.
+
+    `cuda` and `mps` say whether torch can use such a device, `bfloat16` whether it computes in
+    that. Z-Image is published in bfloat16. A GPU without it gets float32, not float16, whose range
+    the weights were not made for (our choice); most CPUs only emulate both, so they get float32.
+
+    Raises:
+        ValueError: `dtype` is none that we know.
+    """
+    if device == "auto":
+        device = "cuda" if cuda else "mps" if mps else "cpu"
+    if dtype == "auto":
+        return device, torch.bfloat16 if bfloat16 and device != "cpu" else torch.float32
+    if dtype not in DTYPES:
+        raise ValueError(f"the dtype is not one of auto, {', '.join(DTYPES)}")
+    return device, DTYPES[dtype]
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what was wrong at the root: 'Connection refused', not 'not cached'."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _has_bfloat16() -> bool:
+    """Whether the GPU of this machine computes in bfloat16: Ampere and later, or macOS 14."""
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return torch.backends.mps.is_available() and torch.backends.mps.is_macos_or_newer(14, 0)
+
+
+def _rounded_up(side_px: int) -> int:
+    return -(-side_px // SIDE_STEP_PX) * SIDE_STEP_PX
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in str(error) for words in OUT_OF_MEMORY
+    )
