@@ -5,7 +5,9 @@ Every command is an edge like an endpoint: parse, one transaction over the same 
 
 import argparse
 import inspect
+import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
@@ -22,6 +24,11 @@ from storage.settings import settings
 DEMO_CREDITS = Decimal(1500)
 ROOT = Path(__file__).parent.parent
 ACTOR = "cli"
+AMOUNT_MAX = 10**9
+"""Of one movement, as in the REST interface."""
+COUNT_MAX = 2**31 - 1
+PERIOD_MAX = 36_500
+"""Days or hours: long enough for everybody, short enough for a date."""
 
 
 def serve(args: argparse.Namespace) -> None:
@@ -259,16 +266,40 @@ def _moment(moment: datetime | None) -> str:
 def _decimal(argument: str) -> Decimal:
     try:
         amount = Decimal(argument)
-        exact = amount.is_finite() and amount != 0 and amount == round(amount, 6)
+        exact = amount.is_finite() and 0 < abs(amount) < AMOUNT_MAX and amount == round(amount, 6)
     except InvalidOperation:
         exact = False
     if not exact:
-        raise argparse.ArgumentTypeError("must be a number other than 0 with at most six places")
+        raise argparse.ArgumentTypeError(
+            f"must be a number below {AMOUNT_MAX}, other than 0, with at most six places"
+        )
     return amount
 
 
+def _count(argument: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,10}", argument) or not 1 <= int(argument) <= COUNT_MAX:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {COUNT_MAX}")
+    return int(argument)
+
+
 def _limit(argument: str) -> int | None:
-    return None if argument == "none" else int(argument)
+    return None if argument == "none" else _count(argument)
+
+
+def _period(argument: str) -> float:
+    try:
+        period = float(argument)
+    except ValueError:
+        period = math.nan
+    if not 0 <= period <= PERIOD_MAX:  # false for what is not a number
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to {PERIOD_MAX}")
+    return period
+
+
+def _text(argument: str) -> str:
+    if not argument.isprintable():  # a tab or a line end would break the tables
+        raise argparse.ArgumentTypeError("must not contain control characters")
+    return argument
 
 
 def parser() -> argparse.ArgumentParser:
@@ -286,46 +317,46 @@ def parser() -> argparse.ArgumentParser:
     command(demo_credentials, "demo-credentials").add_argument("path", type=Path)
 
     sub = command(create_account, "create-account")
-    sub.add_argument("name")
-    sub.add_argument("--group", default="default")
+    sub.add_argument("name", type=_text)
+    sub.add_argument("--group", type=_text, default="default")
     sub.add_argument(
         "--unfinished-max", type=_limit, default=settings.unfinished_max, help="a number, or none"
     )
-    command(list_accounts, "list-accounts").add_argument("--limit", type=int, default=100)
+    command(list_accounts, "list-accounts").add_argument("--limit", type=_count, default=100)
     command(suspend_account, "suspend-account").add_argument("account")
     command(resume_account, "resume-account").add_argument("account")
 
     sub = command(issue_key, "issue-key")
     sub.add_argument("account")
-    sub.add_argument("--name", default="")
+    sub.add_argument("--name", type=_text, default="")
     sub.add_argument("--model", action="append", help="may be given again; without it, all")
     sub.add_argument("--admin", action="store_true")
     sub.add_argument("--requests-per-minute", type=_limit, default=CREATES_PER_MINUTE)
-    sub.add_argument("--expires-in-days", type=float)
+    sub.add_argument("--expires-in-days", type=_period)
     sub = command(list_keys, "list-keys")
     sub.add_argument("account")
-    sub.add_argument("--limit", type=int, default=100)
+    sub.add_argument("--limit", type=_count, default=100)
     sub = command(rotate_key, "rotate-key")
     sub.add_argument("key", help="the key's id")
-    sub.add_argument("--overlap-hours", type=float, default=24)
+    sub.add_argument("--overlap-hours", type=_period, default=24)
     command(revoke_key, "revoke-key").add_argument("key", help="the key's id")
     sub = command(callback_secret, "callback-secret")
     sub.add_argument("account")
     sub.add_argument("--rotate", action="store_true")
-    sub.add_argument("--overlap-hours", type=float, default=24)
+    sub.add_argument("--overlap-hours", type=_period, default=24)
 
     sub = command(credit, "credit")
     sub.add_argument("account")
     sub.add_argument("amount", type=_decimal)
-    sub.add_argument("--note")
+    sub.add_argument("--note", type=_text)
     sub.add_argument("--idempotency-key")
     sub = command(read_ledger, "ledger")
     sub.add_argument("account", nargs="?")
-    sub.add_argument("--limit", type=int, default=100)
+    sub.add_argument("--limit", type=_count, default=100)
     sub = command(list_tasks, "tasks")
     sub.add_argument("account", nargs="?")
     sub.add_argument("--status", type=TaskStatus, choices=list(TaskStatus))
-    sub.add_argument("--limit", type=int, default=100)
+    sub.add_argument("--limit", type=_count, default=100)
     command(check_books, "check-books")
     return parser
 

@@ -32,6 +32,9 @@ CHECK_TIMEOUT_S = 4
 DEPTH_MAX = 100_000
 """`/ready` counts waiting tasks no further."""
 
+PROBES = ("/health", "/ready")
+"""Asked every few seconds by whatever watches: only bad news of them is logged."""
+
 DEMO_NOTICE = (
     "This is the built-in demo model. Its weights are random: it draws texture, not your prompt. "
     "Set ZIMAGE_MODEL=Tongyi-MAI/Z-Image-Turbo for real images."
@@ -174,13 +177,14 @@ class RequestLog:
                 answer = Problem({"title": "Internal Server Error", "status": 500}, 500)
                 await answer(scope, receive, send_with_id)
         finally:
-            logger.info(
-                "request",
-                method=scope["method"],
-                path=scope["path"],
-                status=status,
-                ms=round((time.perf_counter() - started) * 1000, 1),
-            )
+            if scope["path"] not in PROBES or status >= 400:
+                logger.info(
+                    "request",
+                    method=scope["method"],
+                    path=scope["path"],
+                    status=status,
+                    ms=round((time.perf_counter() - started) * 1000, 1),
+                )
 
 
 def _request_id(scope: MutableMapping[str, Any]) -> str:

@@ -94,10 +94,11 @@ async def admit_admin(request: Request) -> Credential:
     return await admission.admin(request)
 
 
-_bearer = HTTPBearer(auto_error=False, description="An API key: `Authorization: Bearer zk_…`")
+bearer = HTTPBearer(auto_error=False, description="An API key: `Authorization: Bearer zk_…`")
+"""Tells the documentation how a key is shown; `Admission` is what looks at it."""
 
 
-def _caller(request: Request, _shown_in_docs: Annotated[object, Depends(_bearer)]) -> Credential:
+def _caller(request: Request) -> Credential:
     credential: Credential = request.state.caller
     return credential
 

@@ -11,17 +11,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from deploy import folder, orphans, plan, private, servers, settings
 from deploy.errors import CannotStart
-from deploy.reach import is_wildcard
 from deploy.servers import Server
 from deploy.settings import LocalSettings
 from deploy.supervision import MARK, ROOT, Supervision, supervised
 from deploy.terminal import Follower, say
+from deploy.welcome import welcome
 from deploy.wish import Stopped, Wish
 
 POLL_S = 0.2
@@ -62,18 +62,18 @@ def up(chosen: LocalSettings, wish: Wish) -> None:
         _write_for_shells(data / "service.env", env)
         _allow_open_files()
         programs = [*map(plan.program, own), *plan.APP_PROGRAMS]
-        shown = Follower({program.name: data / program.log for program in plan.APP_PROGRAMS})
-        with supervised(programs, data, env, keep_open=lock, in_haste=wish.in_haste) as running:
+        logs = {program.name: data / program.log for program in plan.APP_PROGRAMS}
+        with closing(Follower(logs)) as shown:
             try:
-                _start_servers(running, own, data, wish)
-                _run(("prepare",), env, wish)
-                _run(("demo-credentials", str(data / "credentials.env")), env, wish)
-                _start_app(running, chosen, data, wish, shown)
-                say(_welcome(chosen, data))
-                _watch(running, wish, shown)
-            except Stopped:
-                say("Stopping. The worker finishes its task first; Ctrl-C again stops it at once.")
-                raise
+                with supervised(
+                    programs, data, env, keep_open=lock, in_haste=wish.in_haste
+                ) as running:
+                    _start_servers(running, own, data, wish)
+                    _run(("prepare",), env, wish)
+                    _run(("demo-credentials", str(data / "credentials.env")), env, wish)
+                    _start_app(running, chosen, data, wish, shown)
+                    say(welcome(chosen, data))
+                    _watch(running, wish, shown)
             finally:
                 shown.show()
 
@@ -143,6 +143,8 @@ def _start_app(
 
 
 def _last_words(log: Path) -> str:
+    if not log.exists():  # it could not even be run
+        return f"why is in {log.with_name('supervisord.log')}"
     lines = log.read_text(errors="replace").strip().splitlines()
     return lines[-1] if lines and not lines[-1].startswith("{") else f"why is in {log}"
 
@@ -183,51 +185,6 @@ def _watch(running: Supervision, wish: Wish, shown: Follower) -> None:
                 pids[name] = state.pid
                 say(f"The {name} had ended and was started again, as process {state.pid}")
     raise CannotStart("The process manager has ended; start again")
-
-
-def _welcome(chosen: LocalSettings, data: Path) -> str:
-    """All that a person needs for a first image; the last lines can be pasted into a shell."""
-    keys = shlex.quote(_near(data / "credentials.env"))
-    lines = [
-        "",
-        f"  Ready at     {chosen.address}",
-        f"  Explained    {chosen.address}/docs",
-        f"  Keys         {_near(data / 'credentials.env')}",
-        f"  Logs         {_near(data / 'logs')}",
-        f"  Model        {chosen.model}",
-    ]
-    if chosen.model == "demo":
-        lines += [
-            "               Its weights are random: it draws texture, not your prompt. For images",
-            "               set ZIMAGE_MODEL=Tongyi-MAI/Z-Image-Turbo, on a machine with a GPU.",
-        ]
-    if is_wildcard(chosen.host) and not (chosen.s3_endpoint_url or chosen.s3_public_url):
-        lines += [
-            "  Note         Image URLs lead to this machine only; set ZIMAGE_S3_PUBLIC_URL to",
-            f"               http://its-address:{chosen.own_s3_port} for others to fetch images.",
-        ]
-    body = json.dumps({"model": "z-image-turbo", "prompt": "a cat", "size": "1:1"})
-    return "\n".join(
-        [
-            *lines,
-            "  To stop      Ctrl-C",
-            "",
-            "  Try it, from another terminal:",
-            "",
-            f"    . {keys}",
-            f"    curl {chosen.address}/v1/images/generations \\",
-            '      -H "Authorization: Bearer $ZIMAGE_API_KEY" \\',
-            f"      -H 'Content-Type: application/json' -d '{body}'",
-            "",
-        ]
-    )
-
-
-def _near(path: Path) -> str:
-    """The path as it is written from here, which `.` in a shell takes only with a slash in it."""
-    with suppress(ValueError):
-        return f"./{path.relative_to(Path.cwd())}"
-    return str(path)
 
 
 def _write_for_shells(path: Path, env: Mapping[str, str]) -> None:

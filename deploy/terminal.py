@@ -27,6 +27,10 @@ class Follower:
             for line in tail.lines():
                 say(f"{name:<{self._width}} | {line}")
 
+    def close(self) -> None:
+        for tail in self._tails.values():
+            tail.close()
+
 
 class _Tail:
     """New lines of a file that is renamed and begun anew when it is full."""
@@ -48,10 +52,13 @@ class _Tail:
         except FileNotFoundError:
             return
         yield from self._written()  # what was added to the old one before it was renamed
-        if self._file:
-            self._file.close()
+        self.close()
         self._file = begun
         yield from self._written()
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
 
     def _written(self) -> Iterator[str]:
         if self._file:

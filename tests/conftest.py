@@ -1,4 +1,4 @@
-"""The real servers, started once for all tests, and the service on a real socket in front of them."""
+"""The real servers, started once for all tests, and the service on a real socket before them."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ _stack.callback(shutil.rmtree, _folder, ignore_errors=True)
 os.environ.update(_stack.enter_context(servers.running(_folder, durable=False)))
 
 RECEIVER_HOST = "127.0.0.2"
-"""Callbacks may reach this address of the loopback network and no other, as an operator may allow."""
+"""The one address of the loopback network that callbacks may reach, as an operator may allow."""
 authority = trustme.CA()
 authority.cert_pem.write_to_path(str(_folder / "ca.pem"))
 
@@ -105,7 +105,7 @@ class Customer:
     key_id: str
     http: httpx.Client
 
-    def books(self) -> tuple[Decimal, Decimal]:
+    def books(self) -> tuple[Decimal | int, Decimal | int]:
         """Balance and reserved."""
         with transaction() as session:
             account = session.get_one(Account, self.id)
@@ -121,11 +121,11 @@ NewCustomer = Callable[..., Customer]
 
 @pytest.fixture
 def new_customer(server: str) -> Iterator[NewCustomer]:
-    """Make a customer with `credits`; other arguments are those of accounts.create and issue_key."""
+    """Make a customer with so many credits; the rest is what accounts and keys are made with."""
     clients = []
 
     def make(
-        credits: int = 1500,
+        balance: int = 1500,
         *,
         user_group: str = "default",
         unfinished_max: int | None = None,
@@ -137,8 +137,8 @@ def new_customer(server: str) -> Iterator[NewCustomer]:
             account = accounts.create(
                 session, "a customer", user_group=user_group, unfinished_max=unfinished_max
             )
-            if credits:
-                ledger.grant(session, account.id, Decimal(credits), actor="test")
+            if balance:
+                ledger.grant(session, account.id, Decimal(balance), actor="test")
             key, secret = accounts.issue_key(
                 session,
                 account.id,

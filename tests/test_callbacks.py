@@ -74,7 +74,7 @@ def receiving(authority: trustme.CA, *names: str) -> Iterator[Receiver]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["content-length"]))
             headers = {name.lower(): value for name, value in self.headers.items()}
-            status, more = receiver.hear(Heard(self.path, headers, body))
+            status, more = told.hear(Heard(self.path, headers, body))
             self.send_response(status)
             for name, value in more.items():
                 self.send_header(name, value)
@@ -90,11 +90,11 @@ def receiving(authority: trustme.CA, *names: str) -> Iterator[Receiver]:
     server.socket = context.wrap_socket(
         server.socket, server_side=True, do_handshake_on_connect=False
     )
-    receiver = Receiver(f"https://{RECEIVER_HOST}:{server.server_port}/told")
+    told = Receiver(f"https://{RECEIVER_HOST}:{server.server_port}/told")
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:
-        yield receiver
+        yield told
     finally:
         server.shutdown()
         thread.join()

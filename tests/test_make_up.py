@@ -26,6 +26,7 @@ from botocore.config import Config
 
 from deploy import reach, servers, supervision
 from deploy.errors import CannotStart
+from deploy.terminal import Follower
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT_S = 90
@@ -164,12 +165,16 @@ def test_a_lock_left_by_a_killed_postgres_does_not_stop_the_next(folder: Path) -
         lock = folder / "postgres" / "data" / "postmaster.pid"
         content = lock.read_text().splitlines()
     owner = lock.parent.stat()
-    # The number of a process that lives and is no PostgreSQL: ours.
-    lock.write_text("\n".join([str(os.getpid()), *content[1:]]) + "\n")
-    os.chown(lock, owner.st_uid, owner.st_gid)
+    # Its number has gone to another program of the same user, which PostgreSQL takes for its own.
+    with subprocess.Popen(["sleep", str(TIMEOUT_S)], user=owner.st_uid) as other:
+        try:
+            lock.write_text("\n".join([str(other.pid), *content[1:]]) + "\n")
+            os.chown(lock, owner.st_uid, owner.st_gid)
 
-    with servers.running(folder, durable=False) as env:
-        reach.check_postgres(env["ZIMAGE_DATABASE_URL"])
+            with servers.running(folder, durable=False) as env:
+                reach.check_postgres(env["ZIMAGE_DATABASE_URL"])
+        finally:
+            other.kill()
 
 
 def test_an_image_is_served_as_soon_as_it_is_put_and_only_to_who_has_its_url() -> None:
@@ -200,6 +205,25 @@ def test_the_process_manager_reads_any_path_or_says_that_it_cannot() -> None:
         supervision.configuration(
             [supervision.Program("x", ("/a ;b",), supervision.APP, 1)], Path("/socket")
         )
+
+
+def test_the_terminal_shows_every_line_of_a_log_that_is_begun_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "api.log"
+    log.write_text("of the last run\n")
+    with closing(Follower({"api": log})) as shown:
+        with log.open("a") as file:
+            file.write("one\ntw")
+        shown.show()
+        with log.open("a") as file:
+            file.write("o\nthree\n")
+        log.rename(tmp_path / "api.log.1")
+        shown.show()
+        log.write_text("four\n")
+        shown.show()
+
+    assert capsys.readouterr().out == "api | one\napi | two\napi | three\napi | four\n"
 
 
 def until(holds: Callable[[], bool]) -> None:

@@ -60,9 +60,10 @@ def all_completed(times: int) -> Callable[[], bool]:
     return lambda: statuses() == [TaskStatus.COMPLETED] * times
 
 
-def charged() -> list[str | None]:
+def charged() -> list[str]:
     with transaction() as session:
-        return sorted(session.scalars(select(LedgerEntry.task_id).where(LedgerEntry.amount < 0)))
+        found = session.scalars(select(LedgerEntry.task_id).where(LedgerEntry.amount < 0))
+        return sorted(task_id for task_id in found if task_id is not None)
 
 
 def test_a_worker_killed_in_the_middle_and_redis_emptied_lose_nothing(

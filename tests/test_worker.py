@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 from PIL import Image
+from sqlalchemy import func, select
 
 from storage import objects, queue, tasks
 from storage.database import transaction
@@ -206,7 +207,7 @@ def test_a_lease_is_kept_for_longer_than_it_lasts(
             assert first is not None
             while True:
                 with transaction() as session:
-                    now = session.execute(tasks.select(tasks.func.clock_timestamp())).scalar_one()
+                    now = session.execute(select(func.clock_timestamp())).scalar_one()
                     assert tasks.expired(session, 10) == []
                 if now > first:
                     return Image.new("RGB", (width, height))

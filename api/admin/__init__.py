@@ -87,13 +87,21 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+def _example(**body: Any) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"example": body})
+
+
 class NewAccount(Strict):
+    model_config = _example(name="Ada Lovelace", unfinished_max=100)
+
     name: Annotated[Name, Field(min_length=1)]
     user_group: Group = "default"
     unfinished_max: Limit | None = settings.unfinished_max
 
 
 class AccountChange(Strict):
+    model_config = _example(suspended=True)
+
     name: Annotated[Name, Field(min_length=1)] | None = None
     user_group: Group | None = None
     unfinished_max: Limit | None = None
@@ -101,6 +109,8 @@ class AccountChange(Strict):
 
 
 class NewKey(Strict):
+    model_config = _example(name="laptop", requests_per_minute=60)
+
     name: Name = ""
     models: list[Annotated[str, Field(min_length=1, max_length=200)]] | None = None
     requests_per_minute: Limit | None = CREATES_PER_MINUTE
@@ -109,10 +119,14 @@ class NewKey(Strict):
 
 
 class Rotation(Strict):
+    model_config = _example(overlap_s=3600)
+
     overlap_s: Annotated[int, Field(ge=0, le=OVERLAP_MAX_S)] = OVERLAP_S
 
 
 class Movement(Strict):
+    model_config = _example(amount=1500, note="invoice 7")
+
     amount: Annotated[Decimal, Field(max_digits=AMOUNT_DIGITS_MAX, decimal_places=6)]
     note: (
         Annotated[str, Field(max_length=NOTE_MAX_CHARACTERS), AfterValidator(_printable)] | None

@@ -9,14 +9,14 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import structlog
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Message
 
-from api.auth import Admit
+from api.auth import Admit, bearer
 from api.batching import Batcher
 from storage import tasks
 from storage.accounts import Credential
@@ -71,7 +71,12 @@ def dialect_router(render_error: RenderError, admit: Admit | None = None) -> API
 
             return handle_in_dialect
 
-    return APIRouter(route_class=DialectRoute, redirect_slashes=False)
+    return APIRouter(
+        route_class=DialectRoute,
+        redirect_slashes=False,
+        dependencies=[] if admit is None else [Depends(bearer)],
+        responses={"4XX": {"description": "Refused, in the form of this dialect"}},
+    )
 
 
 def close(routers: Sequence[APIRouter], prefix: str, render_error: RenderError) -> APIRouter:
