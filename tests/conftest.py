@@ -46,7 +46,6 @@ import httpx  # noqa: E402
 import uvicorn  # noqa: E402
 from alembic.config import Config  # noqa: E402
 from PIL import Image  # noqa: E402
-from rq import SimpleWorker  # noqa: E402
 from rq.serializers import JSONSerializer  # noqa: E402
 from sqlalchemy import text  # noqa: E402
 
@@ -211,7 +210,9 @@ def work() -> Work:
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         connection = queue.connect()
         try:
-            worker = SimpleWorker([queue.NAME], connection=connection, serializer=JSONSerializer)
+            worker = generate.JobLoop(
+                [queue.NAME], connection=connection, serializer=JSONSerializer
+            )
             worker.work(burst=True, max_jobs=max_jobs, logging_level="WARNING")
         finally:
             connection.close()

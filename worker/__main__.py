@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 import structlog
 from redis.exceptions import RedisError
-from rq import SimpleWorker
 from rq.serializers import JSONSerializer
 
 from storage import objects, queue
@@ -64,7 +63,7 @@ def main() -> int:
     announcer.start()
     # A client of its own: RQ sets a socket timeout on it that suits its blocking wait.
     connection = queue.connect()
-    worker = SimpleWorker(
+    worker = generate.JobLoop(
         [queue.NAME],
         name=name,
         connection=connection,

@@ -13,6 +13,7 @@ from typing import Protocol, Self
 
 import structlog
 from PIL.Image import Image
+from rq import SimpleWorker
 from rq.timeouts import JobTimeoutException
 from sqlalchemy.orm import Session
 
@@ -67,6 +68,16 @@ class Worker:
     def __init__(self, name: str, pipeline: Pipeline) -> None:
         self.name = name
         self.pipeline = pipeline
+
+
+class JobLoop(SimpleWorker):
+    """RQ's loop, in this process and without RQ's remote commands.
+
+    Who may stop a worker is up to its machine, and ending their thread costs every stop a second.
+    """
+
+    def subscribe(self) -> None:
+        """Listen for no commands."""
 
 
 _worker: Worker | None = None
