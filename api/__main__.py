@@ -14,6 +14,8 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
+from sqlalchemy.exc import ProgrammingError
+
 from storage import accounts, ledger, objects, tasks
 from storage.accounts import CREATES_PER_MINUTE
 from storage.database import transaction
@@ -77,6 +79,9 @@ def demo_credentials(args: argparse.Namespace) -> None:
     """On the first start, make a demo account and an operator, and write their keys to a file."""
     if args.path.exists():
         return
+    args.path.parent.mkdir(parents=True, exist_ok=True)
+    written = args.path.with_name(args.path.name + ".new")
+    written.unlink(missing_ok=True)
     with transaction() as session:
         demo = accounts.create(session, "demo")
         ledger.grant(session, demo.id, DEMO_CREDITS, actor=ACTOR, note="demo credits")
@@ -85,14 +90,16 @@ def demo_credentials(args: argparse.Namespace) -> None:
         _, admin_key = accounts.issue_key(
             session, operator.id, name="operator", admin=True, requests_per_minute=None
         )
-        # Before the commit: without the file nobody would ever know the keys.
         text = (
             f"ZIMAGE_API_KEY={api_key}\nZIMAGE_ADMIN_KEY={admin_key}\n"
             f"ZIMAGE_ACCOUNT_ID={demo.id}\nZIMAGE_CALLBACK_SECRET={demo.callback_secret}\n"
         )
-        descriptor = os.open(args.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        # Written before the commit and shown after it: keys that nobody knows cost an account that
+        # nobody uses, but a file whose keys do not work would stay for ever.
+        descriptor = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(text)
+    written.rename(args.path)
 
 
 def create_account(args: argparse.Namespace) -> None:
@@ -296,6 +303,12 @@ def _period(argument: str) -> float:
     return period
 
 
+def _group(argument: str) -> str:
+    if not accounts.GROUP.fullmatch(argument):
+        raise argparse.ArgumentTypeError("must be 1 to 64 letters, digits, _ or -")
+    return argument
+
+
 def _text(argument: str) -> str:
     if not argument.isprintable():  # a tab or a line end would break the tables
         raise argparse.ArgumentTypeError("must not contain control characters")
@@ -318,7 +331,7 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command(create_account, "create-account")
     sub.add_argument("name", type=_text)
-    sub.add_argument("--group", type=_text, default="default")
+    sub.add_argument("--group", type=_group, default="default")
     sub.add_argument(
         "--unfinished-max", type=_limit, default=settings.unfinished_max, help="a number, or none"
     )
@@ -368,6 +381,8 @@ def main() -> None:
     except (ServiceUnavailable, StorageUnavailable) as error:
         cause = str(error.__cause__ or error).partition("\n")[0]
         sys.exit(f"A server that is needed does not answer: {cause}")
+    except ProgrammingError:
+        sys.exit("The database has not this version's schema: run `python -m api prepare` first")
     except ServiceError as error:
         sys.exit(str(error))
 

@@ -63,8 +63,13 @@ def create_app() -> FastAPI:
     app.state.submissions = Batcher(batching.submit)
     app.state.reads = Batcher(batching.find)
 
-    app.add_api_route("/health", health, tags=["operating"], summary="The process lives")
-    app.add_api_route("/ready", ready, tags=["operating"], summary="The service can work")
+    for path, look, summary in (
+        ("/health", health, "The process lives"),
+        ("/ready", ready, "The service can work"),
+    ):
+        app.add_api_route(path, look, tags=["operating"], summary=summary)
+        # Some load balancers ask with HEAD.
+        app.add_api_route(path, look, methods=["HEAD"], include_in_schema=False)
     # The more particular prefix first: what one dialect leaves open is 404 in that dialect.
     for router in admin.routers():
         app.include_router(router, tags=["admin"])

@@ -1,5 +1,6 @@
 """Who asks, and whether they may: decided before the body of a request is read."""
 
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from typing import Annotated
@@ -28,7 +29,8 @@ class Admission:
     """The doors: one for each kind of request, all behind the same keys."""
 
     def __init__(self) -> None:
-        self._cache: TTLCache[bytes, Credential] = TTLCache(KEY_CACHE_MAX, KEY_CACHE_S)
+        self._cache: TTLCache[bytes, tuple[float, Credential]]
+        self._cache = TTLCache(KEY_CACHE_MAX, KEY_CACHE_S)
         self._keys: Batcher[bytes, Credential] = Batcher(_find_keys)
         self._limiter = RateLimiter()
 
@@ -58,10 +60,12 @@ class Admission:
         if scheme.lower() != "bearer" or not secret.strip():
             raise Unauthenticated
         digest = accounts.digest(secret.strip())
-        credential = self._cache.get(digest)
-        if credential is None:
+        asked_at, credential = self._cache.get(digest, (0.0, None))
+        # Counted from before the look: what was revoked while it took place is believed no longer.
+        if credential is None or time.monotonic() - asked_at > KEY_CACHE_S:
+            asked_at = time.monotonic()
             credential = await self._keys.add(digest)
-            self._cache[digest] = credential
+            self._cache[digest] = asked_at, credential
         if credential.expires_at is not None and credential.expires_at <= datetime.now(UTC):
             raise Unauthenticated
         if credential.suspended:

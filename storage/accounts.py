@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import re
 import secrets
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from sqlalchemy.orm import Session
 from storage.errors import AccountNotFound, KeyNotFound
 from storage.models import Account, ApiKey
 from storage.settings import settings
+
+GROUP = re.compile(r"[A-Za-z0-9_-]{1,64}")
+"""The form of a user group's name."""
 
 SECRET_PREFIX = "zk_"  # noqa: S105 - what every key begins with is no secret
 SECRET_BYTES = 32

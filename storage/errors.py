@@ -125,6 +125,10 @@ class WouldOverdraw(ServiceError):
     """The account has fewer credits than this would take away."""
 
 
+class WouldOverflow(ServiceError):
+    """The account would have more credits than can be kept."""
+
+
 # --- We cannot, now -----------------------------------------------------------------------------
 
 

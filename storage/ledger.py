@@ -23,8 +23,12 @@ from storage.errors import (
     ServiceError,
     TooManyUnfinished,
     WouldOverdraw,
+    WouldOverflow,
 )
 from storage.models import Account, EntryKind, FairClock, LedgerEntry, Task
+
+BALANCE_MAX = Decimal(10**12 - 1)
+"""Credits on one account: what the column holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +146,7 @@ def grant(
 
     Raises:
         AccountNotFound, IdempotencyConflict (same key, other amount or note), WouldOverdraw
-        (less than zero would be left beside what unfinished tasks reserve).
+        (less than zero would be left beside what unfinished tasks reserve), WouldOverflow.
     """
     account = session.scalar(
         select(Account)
@@ -166,6 +170,8 @@ def grant(
             return first, True
     if account.balance + amount < account.reserved:
         raise WouldOverdraw
+    if account.balance + amount > BALANCE_MAX:
+        raise WouldOverflow
     account.balance += amount
     entry = LedgerEntry(
         account_id=account_id,

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -19,6 +17,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from storage import accounts, ledger, tasks
 from storage.database import engine, transaction
 from storage.models import Account, ApiKey, EntryKind, ImageFormat, LedgerEntry, Task
+from tests.conftest import case
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,16 +79,6 @@ def refusal(answer: httpx.Response, status: int) -> str:
     detail: str = problem["detail"]
     assert detail
     return detail
-
-
-@contextmanager
-def case(name: str) -> Iterator[None]:
-    """One of several cases in a test; it is named if it fails."""
-    try:
-        yield
-    except AssertionError as error:
-        error.add_note(f"in the case: {name}")
-        raise
 
 
 def move(operator: Customer, account_id: str, amount: str, **headers: str) -> httpx.Response:
@@ -490,6 +479,15 @@ def test_an_amount_must_be_there(operator: Customer, customer: Customer) -> None
     answer = operator.http.post(f"/admin/accounts/{customer.id}/credits", json={"note": "x"})
 
     assert refusal(answer, 400).startswith("amount: ")
+
+
+def test_no_account_has_more_than_can_be_kept(operator: Customer, customer: Customer) -> None:
+    with transaction() as session:
+        ledger.grant(session, customer.id, ledger.BALANCE_MAX - 1500 - 1, actor="test")
+
+    refusal(move(operator, customer.id, "1.000001"), 409)
+    assert move(operator, customer.id, "1").status_code == 201
+    assert customer.books()[0] == ledger.BALANCE_MAX
 
 
 def test_an_adjustment_leaves_what_unfinished_tasks_have_reserved(

@@ -21,6 +21,7 @@ from api.app import RequestLog, create_app
 from api.dialects import evolink, routing, zimageturbo
 from storage import errors
 from storage.errors import ServiceError
+from tests.conftest import case
 
 if TYPE_CHECKING:
     from tests.conftest import Customer
@@ -31,16 +32,6 @@ Render = Callable[[ServiceError], Response]
 def all_errors(base: type[ServiceError] = ServiceError) -> list[type[ServiceError]]:
     """Every subclass, and theirs."""
     return [each for sub in base.__subclasses__() for each in (sub, *all_errors(sub))]
-
-
-@contextmanager
-def case(name: str) -> Iterator[None]:
-    """One of several cases in a test; it is named if it fails."""
-    try:
-        yield
-    except AssertionError as error:
-        error.add_note(f"in the case: {name}")
-        raise
 
 
 def example(kind: type[ServiceError]) -> ServiceError:
@@ -69,6 +60,7 @@ OPERATORS = {
     errors.IdempotencyConflict,
     errors.KeyNotFound,
     errors.WouldOverdraw,
+    errors.WouldOverflow,
 }
 """These can only be met under `/admin`."""
 

@@ -10,7 +10,6 @@ import base64
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
 from io import BytesIO
@@ -28,6 +27,7 @@ from storage import accounts, errors, queue, tasks
 from storage.database import transaction
 from storage.errors import ServiceError
 from storage.models import Account, Delivery, Task
+from tests.conftest import case
 
 if TYPE_CHECKING:
     from tests.conftest import Customer, NewCustomer, Work
@@ -74,16 +74,6 @@ def refusal(answer: httpx.Response, status: int) -> dict[str, str]:
     assert set(error) - {"param"} == {"code", "message", "type"}
     assert all(type(value) is str for value in error.values())
     return error
-
-
-@contextmanager
-def case(name: str) -> Iterator[None]:
-    """One of several cases in a test; it is named if it fails."""
-    try:
-        yield
-    except AssertionError as error:
-        error.add_note(f"in the case: {name}")
-        raise
 
 
 def assert_untouched(customer: Customer, balance: int = 1500) -> None:
@@ -338,6 +328,13 @@ def test_no_seed_or_none_is_random(customer: Customer) -> None:
 
     assert len({task.seed for task in drawn}) == 3
     assert not any(task.seed_given for task in drawn)
+
+
+def test_null_is_an_optional_field_that_was_not_sent(customer: Customer) -> None:
+    nothing = {"size": None, "seed": None, "nsfw_check": None, "callback_url": None}
+    task = customer.task(create(customer, **nothing))
+
+    assert (task.width, task.height) == (1024, 1024)
 
 
 def test_ordinary_moderation_may_be_asked_for(customer: Customer) -> None:

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     Submit = Callable[..., Task]
 
 
+def blank(asked: dict[str, int]) -> Image.Image:
+    return Image.new("RGB", (asked["width"], asked["height"]))
+
+
 class Raises:
     """A pipeline that draws half and then raises."""
 
@@ -52,19 +56,13 @@ class Meanwhile:
         self.drew_to_the_end = False
 
     def __call__(
-        self,
-        prompt: str,
-        *,
-        width: int,
-        height: int,
-        seed: int,
-        on_step: Callable[[int, int], None],
+        self, prompt: str, *, on_step: Callable[[int, int], None], **asked: int
     ) -> Image.Image:
         self.happens()
         for _ in range(10_000_000):
             on_step(1, 8)
         self.drew_to_the_end = True
-        return Image.new("RGB", (width, height))
+        return blank(asked)
 
 
 @pytest.fixture(scope="session")
@@ -165,20 +163,14 @@ def test_progress_is_seen_while_it_is_drawn(customer: Customer, submit: Submit, 
 
     class Half:
         def __call__(
-            self,
-            prompt: str,
-            *,
-            width: int,
-            height: int,
-            seed: int,
-            on_step: Callable[[int, int], None],
+            self, prompt: str, *, on_step: Callable[[int, int], None], **asked: int
         ) -> Image.Image:
             on_step(4, 8)
             while not seen or seen[-1] == 0:
                 answer = customer.http.get(f"/v1/tasks/{task.id}").json()
                 assert answer["status"] == "processing"
                 seen.append(answer["progress"])
-            return Image.new("RGB", (width, height))
+            return blank(asked)
 
     work(Half())
 
@@ -195,13 +187,7 @@ def test_a_lease_is_kept_for_longer_than_it_lasts(
         """Draws until the lease that came with the claim is over by the database's own clock."""
 
         def __call__(
-            self,
-            prompt: str,
-            *,
-            width: int,
-            height: int,
-            seed: int,
-            on_step: Callable[[int, int], None],
+            self, prompt: str, *, on_step: Callable[[int, int], None], **asked: int
         ) -> Image.Image:
             first = customer.task(task.id).lease_until
             assert first is not None
@@ -210,7 +196,7 @@ def test_a_lease_is_kept_for_longer_than_it_lasts(
                     now = session.execute(select(func.clock_timestamp())).scalar_one()
                     assert tasks.expired(session, 10) == []
                 if now > first:
-                    return Image.new("RGB", (width, height))
+                    return blank(asked)
 
     work(Slow())
 

@@ -3,7 +3,8 @@
 Sources: EvoLink's OpenAPI document of z-image-turbo, its pages "Get task detail" and "Error codes"
 (docs.evolink.ai), and what its own client reads (github.com/EvoLinkAI/evolink-mcp); read 2026-11.
 
-Our choice, where they are silent: the pixels of the ratios and the default size; 404 for another
+Our choice, where they are silent: what exactly is wrong follows the message of a 400; null is an
+optional field that was not sent; the pixels of the ratios and the default size; 404 for another
 account's task, whose existence is nobody's business; a cancelled task is `failed` with
 `request_cancelled`, which stays inside the documented status words; `POST /v1/tasks/{id}/cancel`;
 the drawn seed in `result_data`; `results` is empty once the image has expired, and
@@ -160,16 +161,17 @@ class GenerationRequest(BaseModel):
     prompt: Annotated[
         StrictStr, Field(max_length=PROMPT_MAX_CHARACTERS), AfterValidator(routing.drawable)
     ]
-    size: Annotated[StrictStr, AfterValidator(_size)] = DEFAULT_SIZE
+    size: Annotated[StrictStr, AfterValidator(_size)] | None = None
     seed: Annotated[StrictInt, Field(ge=SEED_MIN, le=SEED_MAX)] | None = None
-    nsfw_check: Annotated[StrictBool, AfterValidator(_no_strict_moderation)] = False
+    nsfw_check: Annotated[StrictBool, AfterValidator(_no_strict_moderation)] | None = None
     callback_url: Annotated[StrictStr, Field(max_length=egress.URL_MAX_CHARACTERS)] | None = None
 
     def pixels(self) -> tuple[int, int]:
         """Width and height."""
-        if self.size in SIZES:
-            return SIZES[self.size]
-        width, _, height = self.size.partition("x")
+        size = self.size or DEFAULT_SIZE
+        if size in SIZES:
+            return SIZES[size]
+        width, _, height = size.partition("x")
         return int(width), int(height)
 
 

@@ -97,7 +97,7 @@ class GenerateRequest(BaseModel):
     ]
     aspect_ratio: Literal["1:1", "4:3", "3:4", "16:9", "9:16"]
     size: Annotated[StrictStr, AfterValidator(_size)] | None = None
-    seed: Annotated[int, Field(ge=RANDOM_SEED, le=SEED_MAX), BeforeValidator(_seed)] = RANDOM_SEED
+    seed: Annotated[int, Field(ge=RANDOM_SEED, le=SEED_MAX), BeforeValidator(_seed)] | None = None
 
     def pixels(self) -> tuple[int, int]:
         """Width and height."""
