@@ -27,12 +27,14 @@ class RateLimiter:
     """Exact moving windows. A key whose `requests_per_minute` is None is not limited at all."""
 
     def __init__(self) -> None:
-        url = storage_settings.redis_url.get_secret_value()
         self._connections = ConnectionPool.from_url(
-            url, socket_connect_timeout=CONNECT_TIMEOUT_S, socket_timeout=ANSWER_TIMEOUT_S
+            storage_settings.redis_url.get_secret_value(),
+            socket_connect_timeout=CONNECT_TIMEOUT_S,
+            socket_timeout=ANSWER_TIMEOUT_S,
         )
         storage = RedisStorage(
-            "async+" + url,
+            # Names the kind of storage only: `limits` cannot read every URL that Redis can.
+            "async+redis://localhost:6379",
             implementation="redispy",
             key_prefix="zimage:limits",
             connection_pool=self._connections,  # type: ignore[arg-type]

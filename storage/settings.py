@@ -11,6 +11,8 @@ from sqlalchemy.exc import ArgumentError
 MODEL_CONFIG = SettingsConfigDict(env_prefix="ZIMAGE_", frozen=True)
 
 
+REDIS_SCHEMES = ("redis://", "rediss://", "unix://")
+
 S = TypeVar("S", bound=BaseSettings)
 
 
@@ -38,13 +40,19 @@ def _postgres(url: SecretStr) -> SecretStr:
     return url
 
 
+def _redis(url: SecretStr) -> SecretStr:
+    if not url.get_secret_value().startswith(REDIS_SCHEMES):
+        raise ValueError(f"the URL must begin with one of {', '.join(REDIS_SCHEMES)}")
+    return url
+
+
 class StorageSettings(BaseSettings):
     """Servers, money and times that every process must agree on."""
 
     model_config = MODEL_CONFIG
 
     database_url: Annotated[SecretStr, AfterValidator(_postgres)]
-    redis_url: SecretStr
+    redis_url: Annotated[SecretStr, AfterValidator(_redis)]
 
     s3_endpoint_url: HttpUrl | None = None
     """Where the image store is reached from here; None means AWS's own address of the region."""

@@ -84,6 +84,7 @@ def test_a_missing_setting_is_one_sentence_that_names_it() -> None:
     ("name", "value"),
     [
         ("ZIMAGE_DATABASE_URL", "mysql://root:swordfish@localhost/zimage"),
+        ("ZIMAGE_REDIS_URL", "swordfish@localhost"),
         ("ZIMAGE_PRICE_CREDITS", "swordfish"),
     ],
 )
