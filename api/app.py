@@ -11,6 +11,7 @@ import anyio
 import anyio.to_thread
 import structlog
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from redis.exceptions import RedisError
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
@@ -52,7 +53,7 @@ logger = structlog.get_logger()
 
 
 def create_app() -> FastAPI:
-    app = FastAPI(
+    app = FastAPIOffline(  # whose `/docs` carries its script itself, for machines without internet
         title="Z-Image-Turbo service",
         description="Several vendors' formats at once: change the base URL, keep the client.",
         openapi_tags=TAGS,

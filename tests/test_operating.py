@@ -310,6 +310,17 @@ def test_the_documentation_is_a_page(anyone: httpx.Client) -> None:
     assert "/openapi.json" in answer.text
 
 
+def test_the_documentation_needs_nothing_from_elsewhere(anyone: httpx.Client) -> None:
+    page = anyone.get("/docs").text
+    parts = re.findall(r'(?:src|href)="([^"]+)"', page)
+
+    assert any(part.endswith(".js") for part in parts)
+    assert any(part.endswith(".css") for part in parts)
+    for part in parts:
+        assert part.startswith("/"), part
+        assert anyone.get(part).status_code == 200
+
+
 def test_every_operation_is_under_the_tag_of_its_dialect(document: dict[str, Any]) -> None:
     tags = {
         path: (operation["tags"], bool(operation["summary"]))
