@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from typing import Annotated
 
-from cachetools import TTLCache
+from cachetools import LRUCache
 from fastapi import Depends, Request
 from fastapi.security import HTTPBearer
 
@@ -29,8 +29,7 @@ class Admission:
     """The doors: one for each kind of request, all behind the same keys."""
 
     def __init__(self) -> None:
-        self._cache: TTLCache[bytes, tuple[float, Credential]]
-        self._cache = TTLCache(KEY_CACHE_MAX, KEY_CACHE_S)
+        self._cache: LRUCache[bytes, tuple[float, Credential]] = LRUCache(KEY_CACHE_MAX)
         self._keys: Batcher[bytes, Credential] = Batcher(_find_keys)
         self._limiter = RateLimiter()
 

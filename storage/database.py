@@ -1,9 +1,10 @@
-"""One engine per process, and the only place where a transaction begins and ends."""
+"""One engine per process, the only place where a transaction begins and ends, and one clock."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta
 
-from sqlalchemy import create_engine
+from sqlalchemy import ColumnElement, create_engine, func
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session, sessionmaker
@@ -45,3 +46,8 @@ def transaction() -> Iterator[Session]:
             yield session
     except (OperationalError, InterfaceError, PoolTimeout) as error:
         raise ServiceUnavailable from error
+
+
+def from_now(seconds: float) -> ColumnElement[datetime]:
+    """A moment by the database's clock: the clocks of other machines need not agree."""
+    return func.clock_timestamp() + timedelta(seconds=seconds)

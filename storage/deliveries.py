@@ -7,12 +7,13 @@ waiting ──► delivered    an attempt was answered with 2xx
 import secrets
 from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select, text, update
+from sqlalchemy import func, select, text, update
 from sqlalchemy.orm import Session
 
+from storage.database import from_now
 from storage.models import Account, Delivery, DeliveryState, Task
 
 RETRIES_S = (1, 2, 4)
@@ -68,7 +69,7 @@ def claim_due(session: Session, *, limit: int, except_accounts: Collection[str])
     claimed = session.scalars(
         update(Delivery)
         .where(Delivery.id == due.c.id)
-        .values(claim=Delivery.claim + 1, next_attempt_at=_in(ATTEMPT_LEASE_S))
+        .values(claim=Delivery.claim + 1, next_attempt_at=from_now(ATTEMPT_LEASE_S))
         .returning(Delivery)
         .execution_options(populate_existing=True)
     ).all()
@@ -108,7 +109,7 @@ def record(
     elif final or delivery.attempts >= len(RETRIES_S):
         values = {"state": DeliveryState.GAVE_UP}
     else:
-        values = {"next_attempt_at": _in(RETRIES_S[delivery.attempts])}
+        values = {"next_attempt_at": from_now(RETRIES_S[delivery.attempts])}
     return session.scalar(
         update(Delivery)
         .where(
@@ -130,7 +131,3 @@ def next_due_in_s(session: Session, *, except_accounts: Collection[str]) -> floa
         ).where(Delivery.state == text("'waiting'"), Delivery.account_id.not_in(except_accounts))
     )
     return None if due is None else max(0.0, float(due))
-
-
-def _in(seconds: float) -> ColumnElement[datetime]:
-    return func.clock_timestamp() + timedelta(seconds=seconds)

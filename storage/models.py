@@ -1,6 +1,6 @@
 """The rows: who pays, with which key, for which task, and every credit that moved."""
 
-from datetime import datetime
+from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
 
@@ -197,6 +197,11 @@ class Task(Base):
     created_at: Mapped[datetime]
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
+
+    @property
+    def image_expired(self) -> bool:
+        """Whether the image of a completed task is no longer to be had."""
+        return self.image_expires_at is None or self.image_expires_at <= datetime.now(UTC)
 
 
 class LedgerEntry(Base):

@@ -13,7 +13,7 @@ import secrets
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
@@ -21,6 +21,7 @@ from sqlalchemy import ColumnElement, func, insert, select, text, tuple_, update
 from sqlalchemy.orm import Session
 
 from storage import deliveries, fairness, ledger
+from storage.database import from_now
 from storage.errors import ServiceError, TaskEnded, TaskNotFound, WorkerLost
 from storage.models import ImageFormat, Task, TaskStatus
 from storage.settings import settings
@@ -150,7 +151,7 @@ def claim_next(session: Session, worker: str) -> Task | None:
             status=TaskStatus.PROCESSING,
             attempt=Task.attempt + 1,
             worker=worker,
-            lease_until=_in(settings.lease_s),
+            lease_until=from_now(settings.lease_s),
             started_at=func.clock_timestamp(),
         )
         .returning(Task)
@@ -170,7 +171,9 @@ def renew(session: Session, claim: Claim, progress: int) -> bool:
     held = session.execute(
         update(Task)
         .where(*_held(claim))
-        .values(lease_until=_in(settings.lease_s), progress=func.greatest(Task.progress, progress))
+        .values(
+            lease_until=from_now(settings.lease_s), progress=func.greatest(Task.progress, progress)
+        )
         .returning(Task.id)
         .execution_options(synchronize_session=False)
     )
@@ -181,7 +184,7 @@ def complete(
     session: Session, claim: Claim, *, image_key: str, image_url: str, expires_at: datetime
 ) -> Task | None:
     """The image is stored: charge the task. None: the claim is no longer valid."""
-    task = _advance(
+    return _advance(
         session,
         TaskStatus.COMPLETED,
         *_held(claim),
@@ -190,10 +193,6 @@ def complete(
         image_url=image_url,
         image_expires_at=expires_at,
     )
-    if task is not None:
-        ledger.settle(session, task)
-        deliveries.owe(session, task)
-    return task
 
 
 def fail(session: Session, claim: Claim, error: ServiceError) -> Task | None:
@@ -246,8 +245,6 @@ def cancel(session: Session, task_id: str, *, account_id: str | None = None) -> 
         if session.scalar(select(Task.id).where(Task.id == task_id, *owned)) is None:
             raise TaskNotFound
         raise TaskEnded
-    ledger.release(session, task)
-    deliveries.owe(session, task)
     return task
 
 
@@ -309,7 +306,7 @@ def _lose(session: Session, error: ServiceError, *where: ColumnElement[bool]) ->
 def _fail(
     session: Session, error: ServiceError, *where: ColumnElement[bool], **values: Any
 ) -> Task | None:
-    task = _advance(
+    return _advance(
         session,
         TaskStatus.FAILED,
         *where,
@@ -317,10 +314,6 @@ def _fail(
         error_message=str(error),
         **values,
     )
-    if task is not None:
-        ledger.release(session, task)
-        deliveries.owe(session, task)
-    return task
 
 
 def _advance(
@@ -328,17 +321,22 @@ def _advance(
 ) -> Task | None:
     """Move the task that meets `where` to `to` if it may go there, else leave it: None.
 
-    Guard and write are one statement: of two racing callers exactly one gets the task.
+    Guard and write are one statement: of two racing callers exactly one gets the task. Whoever
+    ends it moves its credits and owes its callback here, so that no end can forget either.
     """
     if to.is_terminal:
         values["finished_at"] = func.clock_timestamp()
-    return session.scalar(
+    task = session.scalar(
         update(Task)
         .where(Task.status.in_(BEFORE[to]), *where)
         .values(status=to, lease_until=None, **values)
         .returning(Task)
         .execution_options(populate_existing=True)
     )
+    if task is not None and to.is_terminal:
+        (ledger.settle if to is TaskStatus.COMPLETED else ledger.release)(session, task)
+        deliveries.owe(session, task)
+    return task
 
 
 def _held(claim: Claim) -> tuple[ColumnElement[bool], ...]:
@@ -347,8 +345,3 @@ def _held(claim: Claim) -> tuple[ColumnElement[bool], ...]:
         Task.attempt == claim.attempt,
         Task.status == TaskStatus.PROCESSING,
     )
-
-
-def _in(seconds: float) -> ColumnElement[datetime]:
-    """A moment by the database's clock: the clocks of workers need not agree."""
-    return func.clock_timestamp() + timedelta(seconds=seconds)

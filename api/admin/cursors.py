@@ -48,10 +48,12 @@ def _position(cursor: str | None) -> list[Any] | None:
     except (binascii.Error, ValueError):
         position = None
     if not isinstance(position, list):
-        raise errors.InvalidRequest(
-            "cursor: is not one that this service has given", param="cursor"
-        )
+        raise _unknown()
     return position
+
+
+def _unknown() -> errors.InvalidRequest:
+    return errors.InvalidRequest("cursor: is not one that this service has given", param="cursor")
 
 
 def moment(cursor: str | None) -> tuple[datetime, str] | None:
@@ -63,9 +65,7 @@ def moment(cursor: str | None) -> tuple[datetime, str] | None:
         moment, row_id = position
         return datetime.fromisoformat(moment), str(row_id).replace("\0", "")
     except (TypeError, ValueError):
-        raise errors.InvalidRequest(
-            "cursor: is not one that this service has given", param="cursor"
-        ) from None
+        raise _unknown() from None
 
 
 def number(cursor: str | None) -> int | None:
@@ -73,7 +73,5 @@ def number(cursor: str | None) -> int | None:
     if position is None:
         return None
     if len(position) != 1 or type(position[0]) is not int or abs(position[0]) >= 2**63:
-        raise errors.InvalidRequest(
-            "cursor: is not one that this service has given", param="cursor"
-        )
+        raise _unknown()
     return int(position[0])

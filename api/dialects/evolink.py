@@ -13,7 +13,7 @@ the drawn seed in `result_data`; `results` is empty once the image has expired, 
 
 import math
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Request
@@ -327,12 +327,11 @@ def render_task(task: Task) -> dict[str, Any]:
     """The answer to a task query, and the body of the callback."""
     answer = _common(task) | {"task_info": {"can_cancel": not task.status.is_terminal}}
     if task.status is TaskStatus.COMPLETED:
-        expired = task.image_expires_at is None or task.image_expires_at <= datetime.now(UTC)
-        links = [] if expired else [task.image_url]
+        links = [] if task.image_expired else [task.image_url]
         answer["results"] = links
         answer["result_data"] = [{"image_url": link, "seed": task.seed} for link in links]
         answer["usage"] = {"billing_rule": "per_call", "credits_used": task.price}
-        if expired:
+        if not links:
             answer["results_expired"] = True
     elif task.status is TaskStatus.FAILED:
         code = TASK_ERRORS.get(task.error_code or "", "unknown_error")

@@ -10,7 +10,7 @@ an `error_message` once the image has expired.
 """
 
 import re
-from datetime import UTC, datetime
+from datetime import UTC
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
@@ -172,8 +172,7 @@ async def status(
 def render_task(task: Task) -> dict[str, Any]:
     """`data` of the answer to a status query."""
     completed = task.status is TaskStatus.COMPLETED
-    expires_at = task.image_expires_at
-    expired = completed and (expires_at is None or expires_at <= datetime.now(UTC))
+    expired = completed and task.image_expired
     asked = {
         "prompt": task.prompt,
         "size": f"{task.width}*{task.height}",
