@@ -34,7 +34,7 @@ format: .venv/installed ## Write the code as `lint` wants it, where that needs n
 		echo "Python 3.11 or newer is needed: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "Installing into .venv; torch and its like are large, so this may take minutes."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]' -e ./client
 	@touch $@
 
 # Tags such as +cpu name a build, not a version: they would tie everyone to one index.
