@@ -10,9 +10,11 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
+from socket import socket
 
 from sqlalchemy.exc import ProgrammingError
 
@@ -29,6 +31,8 @@ ACTOR = "cli"
 AMOUNT_MAX = 10**9
 """Of one movement, as in the REST interface."""
 COUNT_MAX = 2**31 - 1
+NOT_STARTED = 3
+"""Exit status where the address could not be listened on: uvicorn's own."""
 PERIOD_MAX = 36_500
 """Days or hours: long enough for everybody, short enough for a date."""
 
@@ -43,15 +47,29 @@ def serve(args: argparse.Namespace) -> None:
 
     configure("api")
     _check_image_store()
-    uvicorn.run(
-        create_app(),
-        host=api_settings.host,
-        port=api_settings.port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=30,
+    app = create_app()
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket] | None = None) -> None:
+            """Let those go who wait, before it is waited for them."""
+            app.state.waiting.stop()
+            await super().shutdown(sockets)
+
+    server = Server(
+        uvicorn.Config(
+            app,
+            host=api_settings.host,
+            port=api_settings.port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=30,
+        )
     )
+    with suppress(KeyboardInterrupt):
+        server.run()
+    if not server.started:
+        sys.exit(NOT_STARTED)
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -76,15 +94,20 @@ def _check_image_store() -> None:
 
 
 def demo_credentials(args: argparse.Namespace) -> None:
-    """On the first start, make a demo account and an operator, and write their keys to a file."""
+    """On the first start, make a demo account and an operator, and write their keys to a file.
+
+    A demo account that is there already, of another data folder, gets a new key and no credits.
+    """
     if args.path.exists():
         return
     args.path.parent.mkdir(parents=True, exist_ok=True)
     written = args.path.with_name(args.path.name + ".new")
     written.unlink(missing_ok=True)
     with transaction() as session:
-        demo = accounts.create(session, "demo")
-        ledger.grant(session, demo.id, DEMO_CREDITS, actor=ACTOR, note="demo credits")
+        demo = session.get(Account, args.account or "")
+        if demo is None:
+            demo = accounts.create(session, "demo", account_id=args.account)
+            ledger.grant(session, demo.id, DEMO_CREDITS, actor=ACTOR, note="demo credits")
         _, api_key = accounts.issue_key(session, demo.id, name="demo", requests_per_minute=None)
         operator = accounts.create(session, "operator")
         _, admin_key = accounts.issue_key(
@@ -327,7 +350,9 @@ def parser() -> argparse.ArgumentParser:
 
     command(serve, "serve")
     command(prepare, "prepare")
-    command(demo_credentials, "demo-credentials").add_argument("path", type=Path)
+    sub = command(demo_credentials, "demo-credentials")
+    sub.add_argument("path", type=Path)
+    sub.add_argument("account", nargs="?", help="the demo account's id; without it, a new one")
 
     sub = command(create_account, "create-account")
     sub.add_argument("name", type=_text)

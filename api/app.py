@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from redis.exceptions import RedisError
 from starlette.datastructures import MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,11 +23,13 @@ from api import admin, batching
 from api.answers import JSON, Problem
 from api.auth import Admission
 from api.batching import Batcher
-from api.dialects import evolink, zimageturbo
+from api.dialects import dashscope, evolink, local, openai, zimageturbo
+from api.settings import settings
+from api.waiting import Waiting
 from storage import fairness, objects, queue
 from storage.database import transaction
 from storage.errors import ServiceUnavailable, StorageUnavailable
-from storage.settings import settings
+from storage.settings import settings as storage_settings
 
 CHECK_TIMEOUT_S = 4
 """How long `/ready` waits for a server before it calls it away."""
@@ -40,11 +43,23 @@ DEMO_NOTICE = (
     "This is the built-in demo model. Its weights are random: it draws texture, not your prompt. "
     "Set ZIMAGE_MODEL=Tongyi-MAI/Z-Image-Turbo for real images."
 )
+EXPOSED = (
+    "Idempotency-Replayed",
+    "Preference-Applied",
+    "RateLimit",
+    "RateLimit-Policy",
+    "Retry-After",
+    "X-Request-ID",
+)
+"""Headers of ours that a page in a browser may read."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 TAGS = [
     {"name": "zimageturbo", "description": "zimageturbo.ai's format. Images are JPEG."},
+    {"name": "dashscope", "description": "Alibaba DashScope's format. Images are PNG."},
     {"name": "evolink", "description": "EvoLink's format, with callbacks. Images are PNG."},
+    {"name": "local", "description": "A local container's format: the image in the answer."},
+    {"name": "openai", "description": "The OpenAI Images API, for its own libraries."},
     {"name": "admin", "description": "For operators: needs an admin key."},
     {"name": "operating", "description": "For whoever keeps it running. Needs no key."},
 ]
@@ -63,6 +78,7 @@ def create_app() -> FastAPI:
     app.state.admission = Admission()
     app.state.submissions = Batcher(batching.submit)
     app.state.reads = Batcher(batching.find)
+    app.state.waiting = Waiting(app.state.reads, Batcher(batching.places))
 
     for path, look, summary in (
         ("/health", health, "The process lives"),
@@ -74,9 +90,17 @@ def create_app() -> FastAPI:
     # The more particular prefix first: what one dialect leaves open is 404 in that dialect.
     for router in admin.routers():
         app.include_router(router, tags=["admin"])
-    for dialect in (evolink, zimageturbo):
+    for dialect in (local, evolink, dashscope, zimageturbo, openai):
         for router in dialect.routers():
             app.include_router(router, tags=[dialect.NAME])
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED,
+        )
     app.add_middleware(RequestLog)
     app.add_exception_handler(404, _nothing_here)
     app.add_exception_handler(405, _nothing_here)
@@ -86,13 +110,14 @@ def create_app() -> FastAPI:
 @asynccontextmanager
 async def _until_stopped(app: FastAPI) -> AsyncIterator[None]:
     yield
+    await app.state.waiting.close()
     await app.state.admission.close()
 
 
 async def health() -> Response:
     """Says nothing about the servers behind it: that is `/ready`."""
-    answer: dict[str, Any] = {"status": "ok", "model": settings.model}
-    if settings.model == "demo":
+    answer: dict[str, Any] = {"status": "ok", "model": storage_settings.model}
+    if storage_settings.model == "demo":
         answer["notice"] = DEMO_NOTICE
     return JSON(answer)
 

@@ -1,25 +1,55 @@
 """Who asks, and whether they may: decided before the body of a request is read."""
 
+import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
+from ipaddress import ip_address
 from typing import Annotated
 
 from cachetools import LRUCache
 from fastapi import Depends, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.security import HTTPBearer
 
 from api.batching import Batcher
 from api.rate_limit import RateLimiter
+from api.settings import settings
 from storage import accounts
 from storage.accounts import Credential
 from storage.database import transaction
-from storage.errors import AccountSuspended, AdminOnly, ServiceError, Unauthenticated
+from storage.errors import (
+    AccountNotFound,
+    AccountSuspended,
+    AdminOnly,
+    ServiceError,
+    Unauthenticated,
+)
 
 KEY_CACHE_S = 0.9
 """How long a key is believed without asking the database, and so how long a revoked one still
 works: revocation promises one second."""
 KEY_CACHE_MAX = 100_000
+
+FORWARDED = (
+    "forwarded",
+    "via",
+    "x-forwarded-",
+    "x-real-ip",
+    "x-client-ip",
+    "true-client-ip",
+    "cf-",
+)
+"""How the headers begin that a proxy adds for those whom it speaks for."""
+LOOPBACK_HOST = re.compile(
+    r"(?:localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?::[0-9]{1,5})?", re.IGNORECASE
+)
+"""The Host that a caller of this machine asks for. Any other may have been made to lead here."""
+NO_KEY = (
+    "Show an API key: without one, only programs on this machine are served, "
+    "and only from an account that the operator has named for them"
+)
 
 Admit = Callable[[Request], Awaitable[Credential]]
 """Lets a request in, or raises the ServiceError that says why not."""
@@ -36,13 +66,27 @@ class Admission:
     async def create(self, request: Request) -> Credential:
         """Raises: Unauthenticated, AccountSuspended, RateLimited."""
         credential = await self.authenticate(request)
-        await self._limiter.count_create(credential)
+        request.state.headers |= await self._limiter.count_create(credential)
+        return credential
+
+    async def local(self, request: Request) -> Credential:
+        """As `create`; without a key, a caller of this machine is the account that the operator
+        has named for that. Raises: Unauthenticated, AccountSuspended, RateLimited.
+        """
+        if "authorization" in request.headers:
+            return await self.create(request)
+        account_id = settings.local_account_id
+        if not account_id or not is_local(request):
+            raise Unauthenticated(NO_KEY)
+        credential = await self._believed(account_id.encode(), partial(_find_account, account_id))
+        if credential.suspended:
+            raise AccountSuspended
         return credential
 
     async def read(self, request: Request) -> Credential:
         """Raises: Unauthenticated, AccountSuspended, RateLimited."""
         credential = await self.authenticate(request)
-        await self._limiter.count_read(credential)
+        request.state.headers |= await self._limiter.count_read(credential)
         return credential
 
     async def admin(self, request: Request) -> Credential:
@@ -50,7 +94,7 @@ class Admission:
         credential = await self.authenticate(request)
         if not credential.admin:
             raise AdminOnly
-        await self._limiter.count_read(credential)
+        request.state.headers |= await self._limiter.count_read(credential)
         return credential
 
     async def authenticate(self, request: Request) -> Credential:
@@ -59,16 +103,20 @@ class Admission:
         if scheme.lower() != "bearer" or not secret.strip():
             raise Unauthenticated
         digest = accounts.digest(secret.strip())
-        asked_at, credential = self._cache.get(digest, (0.0, None))
-        # Counted from before the look: what was revoked while it took place is believed no longer.
-        if credential is None or time.monotonic() - asked_at > KEY_CACHE_S:
-            asked_at = time.monotonic()
-            credential = await self._keys.add(digest)
-            self._cache[digest] = asked_at, credential
+        credential = await self._believed(digest, partial(self._keys.add, digest))
         if credential.expires_at is not None and credential.expires_at <= datetime.now(UTC):
             raise Unauthenticated
         if credential.suspended:
             raise AccountSuspended
+        return credential
+
+    async def _believed(self, key: bytes, look: Callable[[], Awaitable[Credential]]) -> Credential:
+        asked_at, credential = self._cache.get(key, (0.0, None))
+        # Counted from before the look: what was revoked while it took place is believed no longer.
+        if credential is None or time.monotonic() - asked_at > KEY_CACHE_S:
+            asked_at = time.monotonic()
+            credential = await look()
+            self._cache[key] = asked_at, credential
         return credential
 
     async def close(self) -> None:
@@ -80,6 +128,51 @@ def _find_keys(digests: Sequence[bytes]) -> list[Credential | ServiceError]:
     with transaction() as session:
         found = accounts.authenticate(session, digests)
     return [found.get(digest) or Unauthenticated() for digest in digests]
+
+
+async def _find_account(account_id: str) -> Credential:
+    return await run_in_threadpool(_account, account_id)
+
+
+def _account(account_id: str) -> Credential:
+    try:
+        with transaction() as session:
+            return accounts.keyless(session, account_id)
+    except AccountNotFound:
+        raise Unauthenticated(NO_KEY) from None
+
+
+def is_local(request: Request) -> bool:
+    """Whether the caller is a program on this machine that speaks for its user.
+
+    A proxy on this machine speaks for others: it says so in a header, or asks for another host, or
+    speaks HTTP/1.0, which is nginx where it was told nothing. A page whose name was made to lead
+    here asks for that name; every other page names its origin, and must be ours or the operator's
+    choice: `*` lets pages read answers, and makes no page the operator.
+    """
+    if request.client is None or not _is_loopback(request.client.host):
+        return False
+    if request.scope["http_version"] == "1.0":
+        return False
+    if any(name.startswith(FORWARDED) for name in request.headers):
+        return False
+    host = request.headers.get("host", "")
+    if not LOOPBACK_HOST.fullmatch(host):
+        return False
+    origin = request.headers.get("origin")
+    return origin in (None, f"{request.url.scheme}://{host}", *settings.cors_origins)
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+async def admit_local(request: Request) -> Credential:
+    admission: Admission = request.app.state.admission
+    return await admission.local(request)
 
 
 async def admit_create(request: Request) -> Credential:

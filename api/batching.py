@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-from storage import queue, tasks
+from storage import fairness, queue, tasks
 from storage.database import transaction
 from storage.errors import ServiceError, ServiceUnavailable, TaskNotFound
 from storage.models import Task
@@ -83,11 +83,12 @@ class Batcher(Generic[In, Out]):
                 future.set_result(outcome)
 
 
-def submit(batch: Sequence[tasks.Submission]) -> list[Task | ServiceError]:
-    """Reserve, insert and enqueue a batch; each submission gets its own task or its own error."""
+def submit(batch: Sequence[tasks.Submission]) -> list[tasks.Outcome]:
+    """Reserve, insert and enqueue a batch; each submission gets its own tasks or its own error."""
     with transaction() as session:
         outcomes = tasks.submit_many(session, batch)
-    queue.ring(sum(isinstance(outcome, Task) for outcome in outcomes))
+    fresh = (made for made in outcomes if isinstance(made, tasks.Submitted) and not made.replayed)
+    queue.ring(sum(len(made.tasks) for made in fresh))
     return outcomes
 
 
@@ -96,3 +97,9 @@ def find(batch: Sequence[tuple[str, str]]) -> list[Task | ServiceError]:
     with transaction() as session:
         found = tasks.find_many(session, batch)
     return [found.get(asked) or TaskNotFound() for asked in batch]
+
+
+def places(batch: Sequence[tuple[float, str]]) -> list[int]:
+    """How many tasks wait before each of a batch of (fair tag, id)."""
+    with transaction() as session:
+        return fairness.places(session, batch, at_most=tasks.WAITING_COUNT_MAX)

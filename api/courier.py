@@ -29,7 +29,8 @@ LOOK_S = 1.0
 RECONNECT_S = 1.0
 REPAIR_S = 2.0
 IMAGES_S = 60.0
-"""How often to look for images whose time is over; a look lists the bucket's oldest page."""
+"""How often to look for images and requests whose time is over; a look lists the bucket's oldest
+page."""
 
 logger = structlog.get_logger()
 
@@ -53,7 +54,9 @@ class Courier:
             asyncio.create_task(self._listen()),
             asyncio.create_task(self._every(REPAIR_S, repair.lost_workers)),
             asyncio.create_task(self._every(REPAIR_S, repair.lost_jobs)),
+            asyncio.create_task(self._every(REPAIR_S, repair.missed_deadlines)),
             asyncio.create_task(self._every(IMAGES_S, repair.old_images)),
+            asyncio.create_task(self._every(IMAGES_S, repair.old_requests)),
         ]
         while not self.stopping.is_set():
             self._wake.clear()
@@ -128,7 +131,7 @@ class Courier:
         while True:
             try:
                 async for event in events.listen():
-                    if event["callback"] and event["ended"]:
+                    if event.callback and event.ended:
                         self._wake.set()
             except (RedisError, OSError):
                 logger.warning("courier.redis_away")

@@ -20,6 +20,9 @@ from storage.errors import RateLimited
 from storage.queue import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
 from storage.settings import settings as storage_settings
 
+Headers = dict[str, str]
+"""How much is left, as draft-ietf-httpapi-ratelimit-headers-11 says it."""
+
 logger = structlog.get_logger()
 
 
@@ -42,27 +45,35 @@ class RateLimiter:
         self._windows = MovingWindowRateLimiter(storage)
         self._reads = RateLimitItemPerSecond(settings.reads_per_second)
 
-    async def count_create(self, credential: Credential) -> None:
+    async def count_create(self, credential: Credential) -> Headers:
         """Raises: RateLimited."""
-        if credential.requests_per_minute is not None:
-            window = RateLimitItemPerMinute(credential.requests_per_minute)
-            await self._count(window, "create", credential.key_id)
+        if credential.requests_per_minute is None:
+            return {}
+        window = RateLimitItemPerMinute(credential.requests_per_minute)
+        return await self._count(window, "create", str(credential.key_id))
 
-    async def count_read(self, credential: Credential) -> None:
+    async def count_read(self, credential: Credential) -> Headers:
         """Raises: RateLimited."""
-        if credential.requests_per_minute is not None:
-            await self._count(self._reads, "read", credential.key_id)
+        if credential.requests_per_minute is None:
+            return {}
+        return await self._count(self._reads, "read", str(credential.key_id))
 
     async def close(self) -> None:
         """Let go of the connections: an event loop that has some open cannot end."""
         await self._connections.aclose()
 
-    async def _count(self, window: RateLimitItem, *identity: str) -> None:
+    async def _count(self, window: RateLimitItem, policy: str, key_id: str) -> Headers:
         try:
-            if await self._windows.hit(window, *identity):
-                return
-            stats = await self._windows.get_window_stats(window, *identity)
+            counted = await self._windows.hit(window, policy, key_id)
+            stats = await self._windows.get_window_stats(window, policy, key_id)
         except RedisError as error:
             logger.warning("rate_limit.redis_away", error=str(error))
-            return
-        raise RateLimited(max(1, math.ceil(stats.reset_time - time.time())))
+            return {}
+        reset_s = max(1, math.ceil(stats.reset_time - time.time()))
+        headers = {
+            "RateLimit-Policy": f'"{policy}";q={window.amount};w={window.get_expiry()}',
+            "RateLimit": f'"{policy}";r={stats.remaining};t={reset_s}',
+        }
+        if not counted:
+            raise RateLimited(reset_s, headers)
+        return headers

@@ -19,6 +19,11 @@ class ApiSettings(BaseSettings):
     reads_per_second: int = Field(default=50, ge=1)
     """Status reads per second and key, apart from creates, which have a limit on the key."""
 
+    local_account_id: str | None = None
+    """The account that pays for callers of this machine who show no key; None lets none in."""
+    cors_origins: list[str] = []
+    """Web origins whose pages may call this service from a browser, `*` for all."""
+
     callback_allowed_networks: list[IPvAnyNetwork] = []
     """Networks that callbacks may reach although they are not public."""
     callback_ca_file: Path | None = None

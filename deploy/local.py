@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from deploy import folder, orphans, plan, private, servers, settings
 from deploy.errors import CannotStart
 from deploy.servers import Server
-from deploy.settings import LocalSettings
+from deploy.settings import DEMO_ACCOUNT_ID, LocalSettings
 from deploy.supervision import MARK, ROOT, Supervision, supervised
 from deploy.terminal import Follower, say
 from deploy.welcome import welcome
@@ -70,7 +70,8 @@ def up(chosen: LocalSettings, wish: Wish) -> None:
                 ) as running:
                     _start_servers(running, own, data, wish)
                     _run(("prepare",), env, wish)
-                    _run(("demo-credentials", str(data / "credentials.env")), env, wish)
+                    keys = str(data / "credentials.env")
+                    _run(("demo-credentials", keys, DEMO_ACCOUNT_ID), env, wish)
                     _start_app(running, chosen, data, wish, shown)
                     say(welcome(chosen, data))
                     _watch(running, wish, shown)

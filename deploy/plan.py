@@ -56,6 +56,7 @@ def environment(chosen: LocalSettings, data: Path, own: Sequence[Server]) -> dic
         "ZIMAGE_PORT": str(chosen.port),
         "ZIMAGE_DATA_DIR": str(data),
         "ZIMAGE_MODEL": chosen.model,
+        "ZIMAGE_LOCAL_ACCOUNT_ID": chosen.local_account_id,
         "PYTHONUNBUFFERED": "1",
     }
     for server in own:

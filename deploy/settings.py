@@ -1,5 +1,6 @@
 """What `make up` needs to know, read from `ZIMAGE_*` variables; all of it has a default."""
 
+import os
 from pathlib import Path
 from typing import Self
 
@@ -8,6 +9,13 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from deploy import reach
 from deploy.errors import CannotStart
+
+DEMO_ACCOUNT_ID = "acct_demo"
+"""The account that the first `make up` makes, always the same, so that it can be named before."""
+
+
+def _local_account_id() -> str:
+    return os.environ.get("ZIMAGE_LOCAL_ACCOUNT_ID", DEMO_ACCOUNT_ID)
 
 
 class LocalSettings(BaseSettings):
@@ -19,6 +27,8 @@ class LocalSettings(BaseSettings):
     port: int = Field(default=8000, ge=1, le=65535)
     data_dir: Path = Path("data")
     model: str = "demo"
+    local_account_id: str = Field(default_factory=_local_account_id)
+    """Who pays for callers of this machine without a key; set to nothing, there are none."""
 
     database_url: SecretStr | None = None
     redis_url: SecretStr | None = None

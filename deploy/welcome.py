@@ -20,6 +20,11 @@ def welcome(chosen: LocalSettings, data: Path) -> str:
         f"  Logs         {_near(data / 'logs')}",
         f"  Model        {chosen.model}",
     ]
+    if chosen.local_account_id:
+        lines += [
+            f"  Without key  {chosen.address}/v1/generate",
+            f"               from this machine; {chosen.local_account_id} pays.",
+        ]
     if chosen.model == "demo":
         lines += [
             "               Its weights are random: it draws texture, not your prompt. For images",

@@ -38,7 +38,8 @@ CALLBACK_SECRET_BYTES = 32
 class Credential:
     """What a valid key says about whoever shows it."""
 
-    key_id: str
+    key_id: str | None
+    """None for a caller of this machine, who may come without a key."""
     account_id: str
     admin: bool
     suspended: bool
@@ -61,9 +62,10 @@ def create(
     *,
     user_group: str = "default",
     unfinished_max: int | None = settings.unfinished_max,
+    account_id: str | None = None,
 ) -> Account:
     account = Account(
-        id=f"acct_{secrets.token_hex(8)}",
+        id=account_id or f"acct_{secrets.token_hex(8)}",
         name=name,
         user_group=user_group,
         unfinished_max=unfinished_max,
@@ -232,6 +234,20 @@ def authenticate(session: Session, digests: Collection[bytes]) -> dict[bytes, Cr
         )
         for key, suspended in found
     }
+
+
+def keyless(session: Session, account_id: str) -> Credential:
+    """What a caller may do for whom this account pays without a key. Raises: AccountNotFound."""
+    account = get(session, account_id)
+    return Credential(
+        key_id=None,
+        account_id=account.id,
+        admin=False,
+        suspended=account.suspended,
+        models=None,
+        requests_per_minute=None,
+        expires_at=None,
+    )
 
 
 def rotate_callback_secret(session: Session, account_id: str, *, overlap: timedelta) -> Account:

@@ -5,6 +5,7 @@ the message where the raiser has nothing more precise to say.
 """
 
 import inspect
+from collections.abc import Mapping
 
 
 class ServiceError(Exception):
@@ -28,6 +29,13 @@ class ServiceError(Exception):
 
 class InvalidRequest(ServiceError):
     """The request is not valid."""
+
+    def __init__(
+        self, message: str | None = None, *, param: str | None = None, missing: bool = False
+    ) -> None:
+        super().__init__(message, param=param)
+        self.missing = missing
+        """Whether what is wrong is that `param` was not sent."""
 
 
 class InvalidTaskId(ServiceError):
@@ -87,9 +95,14 @@ class InsufficientCredits(ServiceError):
 class RateLimited(ServiceError):
     """Too many requests, please try again later."""
 
-    def __init__(self, retry_after_s: int) -> None:
+    def __init__(self, retry_after_s: int, headers: Mapping[str, str] | None = None) -> None:
         super().__init__()
         self.retry_after_s = retry_after_s
+        self._headers = dict(headers or {})
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return self._headers | super().headers
 
 
 class TooManyUnfinished(ServiceError):
@@ -119,6 +132,14 @@ class TaskEnded(ServiceError):
 
 class IdempotencyConflict(ServiceError):
     """This Idempotency-Key was already used for another request."""
+
+
+class DeliveryNotFound(ServiceError):
+    """There is no callback with this id."""
+
+
+class NotPending(ServiceError):
+    """Only a task that still waits can be cancelled here."""
 
 
 class WouldOverdraw(ServiceError):
@@ -153,6 +174,10 @@ class GenerationTimeout(ServiceError):
     """Drawing took too long and was stopped. You were not charged; please try again."""
 
 
+class TaskCancelled(ServiceError):
+    """The task was cancelled. You were not charged."""
+
+
 class ResourceExhausted(ServiceError):
     """Not enough memory to draw this size. You were not charged; please try a smaller size."""
 
@@ -163,3 +188,9 @@ class StorageUnavailable(ServiceError):
 
 class WorkerLost(ServiceError):
     """Drawing was interrupted several times. You were not charged; please try again."""
+
+
+def of_task(code: str | None, message: str | None) -> ServiceError:
+    """What ended a failed task, from the name and the words that were kept on it."""
+    kind = globals().get(code or "", GenerationFailed)
+    return kind(message) if issubclass(kind, ServiceError) else GenerationFailed(message)

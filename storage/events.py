@@ -5,14 +5,14 @@ An event may be lost, and whoever misses it finds the same in the row a little l
 
 import json
 from collections.abc import AsyncIterator
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from storage import queue
-from storage.models import Task
+from storage.models import Task, TaskStatus
 from storage.settings import settings
 
 CHANNEL = "zimage:tasks"
@@ -20,26 +20,56 @@ CHANNEL = "zimage:tasks"
 logger = structlog.get_logger()
 
 
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What moved. One without a `task_id` says that what came before it was not heard."""
+
+    task_id: str | None = None
+    ended: bool = False
+    started: bool = False
+    """Whether it left the queue, so that others moved up."""
+    callback: bool = False
+
+
 def publish(task: Task) -> None:
     """Tell that `task` moved. Failing to is logged, not raised."""
-    event = {
-        "id": task.id,
-        "status": task.status,
-        "ended": task.status.is_terminal,
-        "callback": task.callback_url is not None,
-    }
+    _publish(
+        Event(
+            task.id,
+            ended=task.status.is_terminal,
+            started=task.status is not TaskStatus.PENDING,
+            callback=task.callback_url is not None,
+        )
+    )
+
+
+def publish_owed(task_id: str) -> None:
+    """Tell that the callback of a task is owed anew. Failing to is logged, not raised."""
+    _publish(Event(task_id, ended=True, callback=True))
+
+
+def publish_progress(task_id: str) -> None:
+    """Tell that a task came a step further. Failing to is logged, not raised."""
+    _publish(Event(task_id))
+
+
+def _publish(event: Event) -> None:
     try:
-        queue.connection.publish(CHANNEL, json.dumps(event))
+        queue.connection.publish(CHANNEL, json.dumps(asdict(event)))
     except RedisError as error:
-        logger.warning("events.publish_failed", task_id=task.id, error=str(error))
+        logger.warning("events.publish_failed", task_id=event.task_id, error=str(error))
 
 
-async def listen() -> AsyncIterator[dict[str, Any]]:
-    """Every event from now on. Raises: RedisError, when the connection is lost."""
+async def listen() -> AsyncIterator[Event]:
+    """Every event from now on, after an empty one as soon as we listen.
+
+    Raises: RedisError, when the connection is lost.
+    """
     client = Redis.from_url(
         settings.redis_url.get_secret_value(), socket_connect_timeout=queue.CONNECT_TIMEOUT_S
     )
-    async with client, client.pubsub(ignore_subscribe_messages=True) as channel:
+    async with client, client.pubsub() as channel:
         await channel.subscribe(CHANNEL)
         async for message in channel.listen():
-            yield json.loads(message["data"])
+            subscribed = message["type"] == "subscribe"
+            yield Event() if subscribed else Event(**json.loads(message["data"]))

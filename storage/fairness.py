@@ -8,7 +8,9 @@ customer's single task falls between the next two of them.
 Source: Goyal, Vin, Cheng, "Start-time Fair Queuing", SIGCOMM 1996.
 """
 
-from sqlalchemy import CTE, func, select, text, update
+from collections.abc import Sequence
+
+from sqlalchemy import CTE, func, or_, select, text, update
 from sqlalchemy.orm import Session
 
 from storage.models import FairClock, Task
@@ -21,6 +23,11 @@ COST_UNIT_PX = 1024 * 1024
 def cost(width: int, height: int) -> float:
     """GPU time of a `width` x `height` pixel image, in images of 1024 x 1024."""
     return width * height / COST_UNIT_PX
+
+
+HEAD_START = 1.0
+"""Virtual time by which a task is put forward while its caller holds the line: one image of
+1024 x 1024. It is no priority: an account's tags still follow each other at their full distance."""
 
 
 def schedule(
@@ -39,7 +46,10 @@ def fairest(limit: int) -> CTE:
     return (
         select(Task.id)
         # The literal, not a parameter, is what lets a generic plan use the partial index.
-        .where(Task.status == text("'pending'"))
+        .where(
+            Task.status == text("'pending'"),
+            or_(Task.deadline_at.is_(None), Task.deadline_at > func.clock_timestamp()),
+        )
         .order_by(Task.fair_tag, Task.id)
         .limit(limit)
         .with_for_update(skip_locked=True)
@@ -56,3 +66,18 @@ def waiting(session: Session, at_most: int) -> int:
     """How many tasks wait, counted no further than `at_most`."""
     some = select(Task.id).where(Task.status == text("'pending'")).limit(at_most).subquery()
     return session.scalar(select(func.count()).select_from(some)) or 0
+
+
+_PLACES = text("""
+    SELECT (SELECT count(*) FROM (SELECT 1 FROM tasks
+                                   WHERE status = 'pending' AND (fair_tag, id) < (a.tag, a.id)
+                                   LIMIT :at_most) AS before)
+      FROM unnest(CAST(:tags AS float8[]), CAST(:ids AS text[])) WITH ORDINALITY AS a(tag, id, n)
+     ORDER BY n
+""")
+
+
+def places(session: Session, asked: Sequence[tuple[float, str]], at_most: int) -> list[int]:
+    """How many tasks wait before each (fair tag, id), counted no further than `at_most`."""
+    tags, ids = [tag for tag, _ in asked], [task_id for _, task_id in asked]
+    return list(session.scalars(_PLACES, {"tags": tags, "ids": ids, "at_most": at_most}))

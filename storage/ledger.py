@@ -7,11 +7,12 @@ No other module writes `balance`, `reserved` or `unfinished`. Amounts are exact 
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from decimal import Decimal
 
-from sqlalchemy import select, text, update
+from sqlalchemy import func, select, text, update
 from sqlalchemy.orm import Session
 
 from storage import fairness
@@ -25,67 +26,74 @@ from storage.errors import (
     WouldOverdraw,
     WouldOverflow,
 )
-from storage.models import Account, EntryKind, FairClock, LedgerEntry, Task
+from storage.models import Account, ApiKey, EntryKind, FairClock, LedgerEntry, Task
 
 BALANCE_MAX = Decimal(10**12 - 1)
 """Credits on one account: what the column holds."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """Credits that one task wants to hold; `cost` is its share of a GPU in virtual time."""
+class Locked:
+    """Accounts that nobody else can reserve from until the commit, and the moment it was so."""
 
-    account_id: str
-    price: Decimal
-    cost: float
+    accounts: dict[str, Account]
+    virtual_now: float
+    now: datetime
+    """By the database's clock."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Credits that are held, and the place in the fair order that came with them."""
+    """Credits that are held, and the places in the fair order that came with them."""
 
-    fair_tag: float
+    fair_tags: list[float]
     user_group: str
 
 
-def reserve_many(session: Session, asks: Sequence[Ask]) -> list[Hold | ServiceError]:
-    """Hold the credits of each ask, in order; what cannot be held gets its own error.
+def lock(session: Session, account_ids: Collection[str]) -> Locked:
+    """Lock accounts until the caller commits, so that no two requests ever hold the same credit.
 
-    The accounts stay locked until the caller commits, so no two requests can ever hold the same
-    credit. They are locked in the order of their ids, so that no two callers wait for each other.
-
-    Errors: AccountSuspended, TooManyUnfinished, InsufficientCredits.
+    They are locked in the order of their ids, so that no two callers wait for each other.
     """
-    clock = select(FairClock.virtual_now).scalar_subquery()
-    found = session.execute(
-        select(Account, clock)
-        .where(Account.id.in_({ask.account_id for ask in asks}))
+    rows = session.execute(
+        select(Account, select(FairClock.virtual_now).scalar_subquery(), func.clock_timestamp())
+        .where(Account.id.in_(account_ids))
         .order_by(Account.id)
         .with_for_update(of=Account, key_share=True)
         .execution_options(populate_existing=True)
-    )
-    accounts = {account.id: (account, virtual_now) for account, virtual_now in found}
-    outcomes: list[Hold | ServiceError] = []
-    for ask in asks:
-        account, virtual_now = accounts[ask.account_id]
-        fault = _refusal(account, ask.price)
-        if fault is not None:
-            outcomes.append(fault)
-            continue
+    ).all()
+    return Locked({account.id: account for account, _, _ in rows}, rows[-1][1], rows[-1][2])
+
+
+def reserve(
+    locked: Locked, account_id: str, price: Decimal, costs: Sequence[float]
+) -> Hold | ServiceError:
+    """Hold `price` credits for each task of a request, or for none of them.
+
+    `costs` are the tasks' shares of a GPU in virtual time. What is held is written with the
+    caller's next flush.
+
+    Errors: AccountSuspended, TooManyUnfinished, InsufficientCredits.
+    """
+    account = locked.accounts[account_id]
+    fault = _refusal(account, price * len(costs), len(costs))
+    if fault is not None:
+        return fault
+    tags = []
+    for cost in costs:
         tag, account.virtual_finish = fairness.schedule(
-            virtual_now, account.virtual_finish, ask.cost, account.user_group
+            locked.virtual_now, account.virtual_finish, cost, account.user_group
         )
-        account.reserved += ask.price
-        account.unfinished += 1
-        outcomes.append(Hold(tag, account.user_group))
-    session.flush()
-    return outcomes
+        tags.append(tag)
+    account.reserved += price * len(costs)
+    account.unfinished += len(costs)
+    return Hold(tags, account.user_group)
 
 
-def _refusal(account: Account, price: Decimal) -> ServiceError | None:
+def _refusal(account: Account, price: Decimal, tasks: int) -> ServiceError | None:
     if account.suspended:
         return AccountSuspended()
-    if account.unfinished_max is not None and account.unfinished >= account.unfinished_max:
+    if account.unfinished_max is not None and account.unfinished + tasks > account.unfinished_max:
         return TooManyUnfinished()
     if account.balance - account.reserved < price:
         return InsufficientCredits()
@@ -105,6 +113,12 @@ def settle(session: Session, task: Task) -> None:
         .returning(Account.balance)
         .execution_options(synchronize_session=False)
     ).scalar_one()
+    session.execute(
+        update(ApiKey)
+        .where(ApiKey.id == task.api_key_id)
+        .values(used_credits=ApiKey.used_credits + task.price)
+        .execution_options(synchronize_session=False)
+    )
     session.add(
         LedgerEntry(
             account_id=task.account_id,
@@ -241,6 +255,16 @@ def check_books(session: Session) -> Books:
     return Books(
         len(rows), [f"{account}: {fault}" for account in faults for fault in faults[account]]
     )
+
+
+def spent(session: Session, account: Account) -> Decimal:
+    """What an account was charged so far: what it was given less what it still has."""
+    given = session.scalar(
+        select(func.sum(LedgerEntry.amount)).where(
+            LedgerEntry.account_id == account.id, LedgerEntry.kind != text("'charge'")
+        )
+    )
+    return (given or Decimal(0)) - account.balance
 
 
 def entries(

@@ -39,6 +39,7 @@ class TaskStatus(StrEnum):
 class ImageFormat(StrEnum):
     PNG = "png"
     JPEG = "jpeg"
+    WEBP = "webp"
 
 
 class EntryKind(StrEnum):
@@ -133,6 +134,8 @@ class ApiKey(Base):
     admin: Mapped[bool]
     requests_per_minute: Mapped[int | None]
     """Creates per minute; None means that neither creates nor reads are limited."""
+    used_credits: Mapped[Decimal] = mapped_column(default=Decimal(0))
+    """What was charged for the tasks that were submitted with this key."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
     expires_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
@@ -151,6 +154,13 @@ class Task(Base):
         # Each look of claim, repair and customer has its own index, small because partial.
         Index("ix_tasks_fair", "fair_tag", "id", postgresql_where=text("status = 'pending'")),
         Index("ix_tasks_lease", "lease_until", postgresql_where=text("status = 'processing'")),
+        Index(
+            "ix_tasks_deadline",
+            "deadline_at",
+            postgresql_where=text(
+                "status IN ('pending', 'processing') AND deadline_at IS NOT NULL"
+            ),
+        ),
         Index("ix_tasks_account", "account_id", "created_at", "id"),
         Index("ix_tasks_newest", "created_at", "id"),
     )
@@ -171,12 +181,16 @@ class Task(Base):
     seed: Mapped[int] = mapped_column(BigInteger)
     """The seed that is drawn, chosen for the customer where `seed_given` is false."""
     seed_given: Mapped[bool]
+    steps: Mapped[int]
+    """Denoising steps."""
     image_format: Mapped[ImageFormat]
     callback_url: Mapped[str | None]
 
     price: Mapped[Decimal]
     user_group: Mapped[str]
     fair_tag: Mapped[float]
+    deadline_at: Mapped[datetime | None]
+    """Unfinished after this moment, it is cancelled."""
 
     status: Mapped[TaskStatus] = mapped_column(default=TaskStatus.PENDING)
     progress: Mapped[int] = mapped_column(default=0)
@@ -190,6 +204,9 @@ class Task(Base):
     image_key: Mapped[str | None]
     image_url: Mapped[str | None]
     image_expires_at: Mapped[datetime | None]
+    image_sha256: Mapped[str | None]
+    """Of the file, in hexadecimal, so that whoever fetches it can see that it came whole."""
+    image_size_bytes: Mapped[int | None]
     error_code: Mapped[str | None]
     """The name of a class in `storage.errors`."""
     error_message: Mapped[str | None]
@@ -212,6 +229,7 @@ class LedgerEntry(Base):
         UniqueConstraint("account_id", "idempotency_key"),
         CheckConstraint("(kind = 'charge') = (task_id IS NOT NULL)", name="charge_has_task"),
         Index("ix_ledger_entries_account", "account_id", "id"),
+        Index("ix_ledger_entries_given", "account_id", postgresql_where=text("kind <> 'charge'")),
     )
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
@@ -253,6 +271,48 @@ class Delivery(Base):
     last_status: Mapped[int | None]
     last_error: Mapped[str | None]
     delivered_at: Mapped[datetime | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+
+
+class DeliveryAttempt(Base):
+    """One try of a delivery, as it ended: the log that a customer can read."""
+
+    __tablename__ = "delivery_attempts"
+    __table_args__ = (Index("ix_delivery_attempts_delivery", "delivery_id", "id"),)
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    delivery_id: Mapped[str] = mapped_column(ForeignKey("deliveries.id"))
+    status: Mapped[int | None]
+    """HTTP's; None where there was no answer."""
+    error: Mapped[str | None]
+    """None where the receiver answered with 2xx."""
+    ended_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+
+
+class RememberedRequest(Base):
+    """A create that may come twice, and the tasks that it became; see `storage.idempotency`."""
+
+    __tablename__ = "remembered_requests"
+    __table_args__ = (
+        UniqueConstraint("account_id", "idempotency_key"),
+        Index(
+            "ix_remembered_requests_resend",
+            "account_id",
+            "fingerprint",
+            postgresql_where=text("idempotency_key IS NULL"),
+        ),
+        Index("ix_remembered_requests_created_at", "created_at"),
+    )
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
+    account_id: Mapped[str] = mapped_column(ForeignKey("accounts.id"))
+    idempotency_key: Mapped[str | None]
+    """As the caller chose it; None where the caller's library re-sends without one."""
+    fingerprint: Mapped[bytes] = mapped_column(LargeBinary)
+    """SHA-256 of what was asked for, and for a request without a key also of whose key asked."""
+    resend: Mapped[int] = mapped_column(default=0)
+    """The number of the last re-send that was answered from here."""
+    task_ids: Mapped[list[str]]
     created_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
 
 

@@ -3,9 +3,11 @@
 Keys are unguessable and begin with their hour, so that a listing shows the oldest first.
 """
 
+import hashlib
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from http import HTTPStatus
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
 PREFIX = "images/"
-CONTENT_TYPES = {ImageFormat.PNG: "image/png", ImageFormat.JPEG: "image/jpeg"}
+CONTENT_TYPES = {image_format: f"image/{image_format}" for image_format in ImageFormat}
 
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 20
@@ -38,14 +40,34 @@ class TemporaryCredentials(Exception):
     """The credentials of the image store expire, and every image URL would die with them."""
 
 
-def put(data: bytes, image_format: ImageFormat) -> str:
-    """Store an image and return its key. Raises: StorageUnavailable."""
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An image in the bucket: where, and by what its bytes can be proved."""
+
+    key: str
+    sha256: str
+    size_bytes: int
+
+
+def put(data: bytes, image_format: ImageFormat) -> Stored:
+    """Store an image. Raises: StorageUnavailable."""
     key = f"{PREFIX}{datetime.now(UTC):%Y%m%dT%H}/{secrets.token_urlsafe(32)}.{image_format}"
     with _translated():
         _client().put_object(
             Bucket=settings.s3_bucket, Key=key, Body=data, ContentType=CONTENT_TYPES[image_format]
         )
-    return key
+    return Stored(key, hashlib.sha256(data).hexdigest(), len(data))
+
+
+def get(key: str) -> bytes:
+    """The bytes of an image. Raises: FileNotFoundError, StorageUnavailable."""
+    with _translated():
+        try:
+            return _client().get_object(Bucket=settings.s3_bucket, Key=key)["Body"].read()
+        except ClientError as error:
+            if error.response["ResponseMetadata"]["HTTPStatusCode"] != HTTPStatus.NOT_FOUND:
+                raise
+            raise FileNotFoundError(key) from None
 
 
 def url(key: str) -> tuple[str, datetime]:

@@ -3,6 +3,7 @@ in as many copies as there are.
 
 A lost job     more tasks pending than jobs waiting    the bell is rung for the difference
 A lost worker  processing, its lease run out           pending again; after the last time failed
+A deadline     unfinished, its deadline over           cancelled, uncharged
 An old image   in the bucket longer than its URL lives deleted, known to a task or not
 """
 
@@ -11,14 +12,18 @@ from datetime import timedelta
 import structlog
 from redis.exceptions import RedisError
 
-from storage import events, fairness, objects, queue, tasks
+from storage import events, fairness, idempotency, objects, queue, tasks
 from storage.database import transaction
-from storage.errors import StorageUnavailable
+from storage.errors import StorageUnavailable, TaskEnded
 from storage.models import TaskStatus
 from storage.settings import settings
 
 LOSSES_MAX = 500
 """Lost tasks that one look takes care of."""
+OVERDUE_MAX = 500
+"""Tasks that one look cancels because of their deadlines."""
+FORGOTTEN_MAX = 10_000
+"""Remembered requests that one look forgets."""
 IMAGE_GRACE_S = 60
 """An image outlives its URL by this much, for downloads that began in its last second."""
 
@@ -60,6 +65,29 @@ def lost_jobs() -> int:
         logger.warning("queue.jobs_lost", times=missing)
         queue.ring(missing)
     return max(0, missing)
+
+
+def missed_deadlines() -> int:
+    """Cancel what was not wanted any later than now. Returns how many."""
+    with transaction() as session:
+        task_ids = tasks.overdue(session, OVERDUE_MAX)
+    cancelled = 0
+    for task_id in task_ids:
+        try:
+            with transaction() as session:
+                task = tasks.cancel(session, task_id)
+        except TaskEnded:
+            continue
+        cancelled += 1
+        logger.info("task.deadline_missed", task_id=task.id)
+        events.publish(task)
+    return cancelled
+
+
+def old_requests() -> int:
+    """Forget requests that nobody may repeat any more. Returns how many."""
+    with transaction() as session:
+        return idempotency.forget(session, FORGOTTEN_MAX)
 
 
 def old_images() -> int:

@@ -11,18 +11,26 @@ has a number; whoever holds an older one can change nothing.
 import re
 import secrets
 import string
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
 from sqlalchemy import ColumnElement, func, insert, select, text, tuple_, update
 from sqlalchemy.orm import Session
 
-from storage import deliveries, fairness, ledger
+from storage import deliveries, fairness, idempotency, ledger
 from storage.database import from_now
-from storage.errors import ServiceError, TaskEnded, TaskNotFound, WorkerLost
+from storage.errors import (
+    IdempotencyConflict,
+    NotPending,
+    ServiceError,
+    TaskEnded,
+    TaskNotFound,
+    WorkerLost,
+)
+from storage.idempotency import Mark
 from storage.models import ImageFormat, Task, TaskStatus
 from storage.settings import settings
 
@@ -31,8 +39,12 @@ MODEL = "z-image-turbo"
 
 SEED_MAX = 2**31 - 1
 ID_PREFIX = "task-unified-"
+STEPS = 8
+"""Denoising steps: what the model was distilled for."""
 MEASURED_TASKS = 20
 WAITING_COUNT_MAX = 10_000
+LIST_MAX = 10_000
+"""Tasks that a list counts, and how deep it can be paged."""
 _ID_ALPHABET = string.ascii_lowercase + string.digits
 
 _ID = re.compile(ID_PREFIX + r"[0-9]{1,12}-[a-z0-9]{8}")
@@ -56,6 +68,7 @@ class ImageRequest:
     height: int
     image_format: ImageFormat
     seed: int | None = None
+    steps: int = STEPS
     aspect_ratio: str | None = None
     callback_url: str | None = None
     model: str = MODEL
@@ -63,14 +76,29 @@ class ImageRequest:
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """A request with who makes it and what it costs."""
+    """A request for one or more images, all or none, with who makes it and what an image costs."""
 
     account_id: str
-    api_key_id: str
-    request: ImageRequest
+    api_key_id: str | None
+    images: tuple[ImageRequest, ...]
     dialect: str
     price: Decimal
     request_id: str | None = None
+    mark: Mark | None = None
+    """By what it is known again; None where it cannot come twice."""
+    deadline_s: float | None = None
+    """Seconds after which the tasks are cancelled if they have not ended."""
+    head_start: bool = False
+    """Whether the caller holds the line until the images are there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submitted:
+    """The tasks of a submission, in the order of its images."""
+
+    tasks: list[Task]
+    replayed: bool = False
+    """Whether they were submitted before, by an earlier copy of the same request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,29 +120,88 @@ def is_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None
 
 
-def submit_many(session: Session, submissions: Sequence[Submission]) -> list[Task | ServiceError]:
-    """Reserve and insert a batch: each submission gets its own task or its own error."""
-    asks = [
-        ledger.Ask(s.account_id, s.price, fairness.cost(s.request.width, s.request.height))
-        for s in submissions
-    ]
-    outcomes = ledger.reserve_many(session, asks)
-    now = datetime.now(UTC)
-    taken = [
-        _row(submission, hold, now)
-        for submission, hold in zip(submissions, outcomes, strict=True)
-        if isinstance(hold, ledger.Hold)
-    ]
-    if not taken:
-        return [outcome for outcome in outcomes if isinstance(outcome, ServiceError)]
-    inserted = iter(
-        session.scalars(insert(Task).returning(Task, sort_by_parameter_order=True), taken)
+Outcome = Submitted | ServiceError
+
+
+def submit_many(session: Session, submissions: Sequence[Submission]) -> list[Outcome]:
+    """Reserve and insert a batch: each submission gets its own tasks or its own error."""
+    outcomes: dict[int, Outcome] = {}
+    rest = dict(enumerate(submissions))
+    while rest:
+        # A key that is twice in a batch comes again once its first request is remembered, and a
+        # re-send once all that it may repeat is.
+        ahead = [i for i, s in rest.items() if s.mark is None or not s.mark.resend] or list(rest)
+        first_uses = {_use(index, rest[index]): index for index in reversed(ahead)}
+        now = sorted(first_uses.values())
+        outcomes |= zip(now, _submit(session, [rest.pop(index) for index in now]), strict=True)
+    return [outcomes[index] for index in range(len(submissions))]
+
+
+def _use(index: int, submission: Submission) -> tuple[object, object]:
+    """Equal for two submissions only if they use the same idempotency key."""
+    mark = submission.mark
+    if mark is None or mark.key is None:
+        return None, index
+    return submission.account_id, mark.key
+
+
+def _submit(session: Session, submissions: Sequence[Submission]) -> list[Outcome]:
+    locked = ledger.lock(session, {submission.account_id for submission in submissions})
+    known = idempotency.known(
+        session, [(s.account_id, s.mark) for s in submissions if s.mark is not None], locked.now
     )
-    return [o if isinstance(o, ServiceError) else next(inserted) for o in outcomes]
+    admitted = [_admit(session, submission, locked, known) for submission in submissions]
+    session.flush()
+    rows: list[dict[str, Any]] = []
+    for submission, hold in zip(submissions, admitted, strict=True):
+        if isinstance(hold, ledger.Hold):
+            rows += _rows(submission, hold, locked.now)
+    inserted = iter(_insert(session, rows))
+    outcomes: list[Outcome] = []
+    remembered = []
+    for submission, outcome in zip(submissions, admitted, strict=True):
+        if isinstance(outcome, ledger.Hold):
+            outcome = Submitted([next(inserted) for _ in submission.images])
+            if submission.mark is not None:
+                remembered.append((submission.account_id, submission.mark, outcome.tasks))
+        outcomes.append(outcome)
+    idempotency.remember(session, remembered)
+    return outcomes
 
 
-def _row(submission: Submission, hold: ledger.Hold, now: datetime) -> dict[str, Any]:
-    request = submission.request
+def _admit(
+    session: Session, submission: Submission, locked: ledger.Locked, known: idempotency.Known
+) -> Outcome | ledger.Hold:
+    """What this submission has been before, or else the hold of its credits, or why not."""
+    if submission.mark is not None:
+        try:
+            first = idempotency.first_of(session, submission.account_id, submission.mark, known)
+        except IdempotencyConflict as conflict:
+            return conflict
+        if first is not None:
+            return Submitted(first, replayed=True)
+    costs = [fairness.cost(image.width, image.height) for image in submission.images]
+    return ledger.reserve(locked, submission.account_id, submission.price, costs)
+
+
+def _insert(session: Session, rows: list[dict[str, Any]]) -> Sequence[Task]:
+    if not rows:
+        return ()
+    return session.scalars(insert(Task).returning(Task, sort_by_parameter_order=True), rows).all()
+
+
+def _rows(submission: Submission, hold: ledger.Hold, now: datetime) -> list[dict[str, Any]]:
+    head_start = fairness.HEAD_START if submission.head_start else 0.0
+    return [
+        _row(submission, image, hold.user_group, tag - head_start, now)
+        for image, tag in zip(submission.images, hold.fair_tags, strict=True)
+    ]
+
+
+def _row(
+    submission: Submission, request: ImageRequest, user_group: str, fair_tag: float, now: datetime
+) -> dict[str, Any]:
+    deadline_s = submission.deadline_s
     return {
         "id": new_id(now),
         "account_id": submission.account_id,
@@ -129,11 +216,13 @@ def _row(submission: Submission, hold: ledger.Hold, now: datetime) -> dict[str, 
         # Chosen here, so that a task that is drawn twice is the same picture twice.
         "seed": secrets.randbelow(SEED_MAX) + 1 if request.seed is None else request.seed,
         "seed_given": request.seed is not None,
+        "steps": request.steps,
         "image_format": request.image_format,
         "callback_url": request.callback_url,
         "price": submission.price,
-        "user_group": hold.user_group,
-        "fair_tag": hold.fair_tag,
+        "user_group": user_group,
+        "fair_tag": fair_tag,
+        "deadline_at": None if deadline_s is None else now + timedelta(seconds=deadline_s),
         "created_at": now,
     }
 
@@ -181,7 +270,14 @@ def renew(session: Session, claim: Claim, progress: int) -> bool:
 
 
 def complete(
-    session: Session, claim: Claim, *, image_key: str, image_url: str, expires_at: datetime
+    session: Session,
+    claim: Claim,
+    *,
+    image_key: str,
+    image_sha256: str,
+    image_size_bytes: int,
+    image_url: str,
+    expires_at: datetime,
 ) -> Task | None:
     """The image is stored: charge the task. None: the claim is no longer valid."""
     return _advance(
@@ -190,6 +286,8 @@ def complete(
         *_held(claim),
         progress=100,
         image_key=image_key,
+        image_sha256=image_sha256,
+        image_size_bytes=image_size_bytes,
         image_url=image_url,
         image_expires_at=expires_at,
     )
@@ -232,20 +330,40 @@ def give_up(session: Session, claim: Claim) -> Task | None:
     return _lose(session, WorkerLost(), *_held(claim), Task.lease_until < func.clock_timestamp())
 
 
-def cancel(session: Session, task_id: str, *, account_id: str | None = None) -> Task:
-    """End a task that nobody wants any more; its worker notices at its next renewal.
+def cancel(
+    session: Session, task_id: str, *, account_id: str | None = None, only_pending: bool = False
+) -> Task:
+    """End a task that nobody wants any more; its worker notices at its next step.
 
     Raises:
         TaskNotFound: there is none, or it is not of `account_id`.
         TaskEnded: it was first.
+        NotPending: it is being drawn, and `only_pending` asks to leave it then.
     """
     owned = () if account_id is None else (Task.account_id == account_id,)
-    task = _advance(session, TaskStatus.CANCELLED, Task.id == task_id, *owned)
+    waits = (Task.status == TaskStatus.PENDING,) if only_pending else ()
+    task = _advance(session, TaskStatus.CANCELLED, Task.id == task_id, *owned, *waits)
     if task is None:
-        if session.scalar(select(Task.id).where(Task.id == task_id, *owned)) is None:
+        status = session.scalar(select(Task.status).where(Task.id == task_id, *owned))
+        if status is None:
             raise TaskNotFound
-        raise TaskEnded
+        raise TaskEnded if status.is_terminal else NotPending
     return task
+
+
+def overdue(session: Session, limit: int) -> list[str]:
+    """The ids of at most `limit` unfinished tasks whose deadline is over, the oldest first."""
+    rows = session.scalars(
+        select(Task.id)
+        .where(
+            # As the partial index says it.
+            text("status IN ('pending', 'processing') AND deadline_at IS NOT NULL"),
+            Task.deadline_at < func.clock_timestamp(),
+        )
+        .order_by(Task.deadline_at)
+        .limit(limit)
+    )
+    return list(rows)
 
 
 def find_many(session: Session, asked: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Task]:
@@ -270,6 +388,37 @@ def measured(session: Session) -> tuple[float | None, int]:
     mean_s = session.scalar(select(func.extract("epoch", func.avg(last.c.duration))))
     waiting = fairness.waiting(session, at_most=WAITING_COUNT_MAX)
     return None if mean_s is None else float(mean_s), waiting
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which tasks of an account a list shows."""
+
+    account_id: str
+    statuses: Collection[TaskStatus] | None = None
+    model: str | None = None
+    task_id: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+
+
+def page(session: Session, which: Filter, *, offset: int, limit: int) -> tuple[list[Task], int]:
+    """A page of an account's tasks, newest first, and how many there are: at most LIST_MAX."""
+    query = select(Task).where(Task.account_id == which.account_id)
+    if which.statuses is not None:
+        query = query.where(Task.status.in_(which.statuses))
+    if which.model is not None:
+        query = query.where(Task.model == which.model)
+    if which.task_id is not None:
+        query = query.where(Task.id == which.task_id)
+    if which.since is not None:
+        query = query.where(Task.created_at >= which.since)
+    if which.until is not None:
+        query = query.where(Task.created_at < which.until)
+    counted = query.with_only_columns(Task.id).limit(LIST_MAX).subquery()
+    total = session.scalar(select(func.count()).select_from(counted)) or 0
+    newest_first = query.order_by(Task.created_at.desc(), Task.id.desc())
+    return list(session.scalars(newest_first.offset(offset).limit(limit))), total
 
 
 def newest(

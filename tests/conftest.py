@@ -188,10 +188,11 @@ class Paint:
         width: int,
         height: int,
         seed: int,
+        steps: int,
         on_step: Callable[[int, int], None],
     ) -> Image.Image:
-        for step in range(8):
-            on_step(step + 1, 8)
+        for step in range(steps):
+            on_step(step + 1, steps)
         colour = (seed % 256, seed // 256 % 256, seed // 65536 % 256)
         return Image.new("RGB", (width, height), colour)
 
@@ -226,6 +227,23 @@ def work() -> Work:
 
 
 @pytest.fixture
+def drawing() -> Iterator[None]:
+    """A worker beside the test, which draws whatever is submitted until the test ends."""
+    generate.employ(generate.Worker("tester", Paint()))
+    ended = threading.Event()
+
+    def draw_all() -> None:
+        while not ended.wait(0.01):
+            generate.run()
+
+    thread = threading.Thread(target=draw_all)
+    thread.start()
+    yield
+    ended.set()
+    thread.join()
+
+
+@pytest.fixture
 def submit() -> Callable[..., Task]:
     """Submit a task for a customer without HTTP, with its job."""
 
@@ -234,7 +252,7 @@ def submit() -> Callable[..., Task]:
         submission = tasks.Submission(
             account_id=customer.id,
             api_key_id=customer.key_id,
-            request=tasks.ImageRequest(**(asked | request)),  # type: ignore[arg-type]
+            images=(tasks.ImageRequest(**(asked | request)),),  # type: ignore[arg-type]
             dialect="test",
             price=Decimal(15),
         )
@@ -243,7 +261,7 @@ def submit() -> Callable[..., Task]:
         if isinstance(outcome, Exception):
             raise outcome
         queue.ring(1)
-        return outcome
+        return outcome.tasks[0]
 
     return run
 

@@ -14,6 +14,7 @@ import pytest
 from sqlalchemy import func, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
+from api.dialects.routing import BODY_MAX_BYTES
 from storage import accounts, ledger, tasks
 from storage.database import engine, transaction
 from storage.models import Account, ApiKey, EntryKind, ImageFormat, LedgerEntry, Task
@@ -893,13 +894,12 @@ def test_250_tasks_of_one_moment_are_walked_without_a_repeat(
         asked = tasks.Submission(
             account_id=customer.id,
             api_key_id=customer.key_id,
-            request=tasks.ImageRequest("a cat", 64, 64, ImageFormat.PNG),
+            images=(tasks.ImageRequest("a cat", 64, 64, ImageFormat.PNG),),
             dialect="test",
             price=Decimal(15),
         )
-        made = [
-            task.id for task in tasks.submit_many(session, [asked] * 250) if isinstance(task, Task)
-        ]
+        outcomes = tasks.submit_many(session, [asked] * 250)
+    made = [made.tasks[0].id for made in outcomes if isinstance(made, tasks.Submitted)]
 
     pages = walk(operator, "/admin/tasks", 100)
 
@@ -1065,7 +1065,7 @@ def test_a_wrong_method_is_405_and_says_the_right_ones(operator: Customer) -> No
 
 
 def test_a_body_that_is_too_long_is_413(operator: Customer) -> None:
-    refusal(operator.http.post("/admin/accounts", json={"name": "x" * 65536}), 413)
+    refusal(operator.http.post("/admin/accounts", json={"name": "x" * BODY_MAX_BYTES}), 413)
 
 
 def test_a_body_that_is_not_json_is_400(operator: Customer) -> None:

@@ -29,6 +29,7 @@ from storage.errors import (
     TooManyUnfinished,
 )
 from storage.models import ApiKey, ImageFormat, Task
+from storage.tasks import Submitted
 
 if TYPE_CHECKING:
     from tests.conftest import Customer, NewCustomer, Work
@@ -381,7 +382,7 @@ def submission(customer: Customer, price: int = 15) -> tasks.Submission:
     return tasks.Submission(
         account_id=customer.id,
         api_key_id=customer.key_id,
-        request=tasks.ImageRequest("a cat", 64, 64, ImageFormat.PNG),
+        images=(tasks.ImageRequest("a cat", 64, 64, ImageFormat.PNG),),
         dialect="test",
         price=Decimal(price),
     )
@@ -393,7 +394,7 @@ def test_of_three_gathered_requests_the_first_two_are_paid(new_customer: NewCust
     with transaction() as session:
         outcomes = tasks.submit_many(session, [submission(customer) for _ in range(3)])
 
-    assert [type(outcome) for outcome in outcomes] == [Task, Task, InsufficientCredits]
+    assert [type(outcome) for outcome in outcomes] == [Submitted, Submitted, InsufficientCredits]
     assert customer.books() == (Decimal(44), Decimal(30))
 
 
@@ -406,7 +407,7 @@ def test_processes_that_submit_at_the_same_moment_never_spend_a_credit_twice(
         start.wait()
         with transaction() as session:
             (outcome,) = tasks.submit_many(session, [submission(customer)])
-        return isinstance(outcome, Task)
+        return isinstance(outcome, Submitted)
 
     for _ in range(10):
         customer = new_customer(104)
@@ -424,7 +425,7 @@ def test_a_cheaper_request_may_be_paid_after_one_that_could_not(new_customer: Ne
     with transaction() as session:
         outcomes = tasks.submit_many(session, [submission(customer, price) for price in prices])
 
-    assert [type(outcome) for outcome in outcomes] == [Task, InsufficientCredits, Task]
+    assert [type(outcome) for outcome in outcomes] == [Submitted, InsufficientCredits, Submitted]
     assert customer.books() == (Decimal(20), Decimal(20))
 
 
@@ -436,8 +437,9 @@ def test_gathered_requests_of_several_accounts_answer_in_order(new_customer: New
         outcomes = tasks.submit_many(session, [submission(each) for each in asked])
 
     kinds = [type(outcome) for outcome in outcomes]
-    assert kinds == [Task, Task, Task, InsufficientCredits, Task, TooManyUnfinished, Task]
-    owners = [outcome.account_id for outcome in outcomes if isinstance(outcome, Task)]
+    taken, broke, full = Submitted, InsufficientCredits, TooManyUnfinished
+    assert kinds == [taken, taken, taken, broke, taken, full, taken]
+    owners = [made.tasks[0].account_id for made in outcomes if isinstance(made, Submitted)]
     assert owners == [poor.id, rich.id, busy.id, rich.id, rich.id]
 
 

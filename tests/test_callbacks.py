@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trustme
@@ -463,3 +463,190 @@ def test_secrets_differ_between_accounts(new_customer: NewCustomer) -> None:
         new_customer()
         secrets = list(session.scalars(select(Account.callback_secret)))
     assert len(set(secrets)) == len(secrets) == 2
+
+
+# --- The delivery log -----------------------------------------------------------------------------
+
+
+def log(customer: Customer, **query: str) -> list[dict[str, Any]]:
+    answer = customer.http.get("/v1/callbacks", params=query)
+    assert answer.status_code == 200, answer.text
+    rows: list[dict[str, Any]] = answer.json()["data"]
+    return rows
+
+
+def told_task(customer: Customer, submit: Submit, work: Work, url: str) -> Task:
+    task = submit(customer, callback_url=url)
+    work()
+    return task
+
+
+@pytest.mark.usefixtures("courier")
+def test_the_log_shows_each_attempt(
+    customer: Customer, submit: Submit, work: Work, receiver: Receiver
+) -> None:
+    answers = iter([503, 200])
+    receiver.answers = lambda _: (next(answers), {})
+    task = told_task(customer, submit, work, receiver.url)
+    receiver.wait_for(2)
+    wait_until(lambda: states() == {DeliveryState.DELIVERED})
+
+    (row,) = log(customer)
+
+    assert row == {
+        "id": receiver.heard[0].headers["webhook-id"],
+        "task_id": task.id,
+        "url": receiver.url,
+        "state": "delivered",
+        "attempts": [
+            {"at": row["attempts"][0]["at"], "status": 503, "error": "answered 503"},
+            {"at": row["attempts"][1]["at"], "status": 200, "error": None},
+        ],
+        "created_at": row["created_at"],
+        "delivered_at": row["delivered_at"],
+        "next_attempt_at": None,
+    }
+    moments = [row["created_at"], *(attempt["at"] for attempt in row["attempts"])]
+    assert moments == sorted(moments)
+    assert datetime.fromisoformat(row["delivered_at"]).tzinfo
+
+
+def test_a_callback_that_waits_says_when_it_is_due(
+    customer: Customer, submit: Submit, work: Work
+) -> None:
+    told_task(customer, submit, work, f"https://{RECEIVER_HOST}/told")
+
+    (row,) = log(customer)
+
+    assert (row["state"], row["attempts"], row["delivered_at"]) == ("waiting", [], None)
+    assert datetime.fromisoformat(row["next_attempt_at"]) <= datetime.now(UTC)
+
+
+def test_the_log_is_asked_by_task_by_state_and_by_time(
+    customer: Customer, submit: Submit, work: Work
+) -> None:
+    made = [told_task(customer, submit, work, f"https://{RECEIVER_HOST}/told") for _ in range(3)]
+    rows = log(customer)
+    assert [row["task_id"] for row in rows] == [task.id for task in reversed(made)]
+    newest, middle, oldest = rows
+    with transaction() as session:
+        session.execute(
+            update(Delivery).where(Delivery.id == oldest["id"]).values(state=DeliveryState.GAVE_UP)
+        )
+
+    def ids(**query: str) -> list[str]:
+        return [row["id"] for row in log(customer, **query)]
+
+    assert ids(task_id=made[1].id) == [middle["id"]]
+    assert ids(state="gave_up") == [oldest["id"]]
+    assert ids(since=middle["created_at"]) == [newest["id"], middle["id"]]
+    assert ids(until=middle["created_at"]) == [oldest["id"]]
+    assert ids(since=middle["created_at"], until=newest["created_at"]) == [middle["id"]]
+    assert ids(task_id="task-unified-1757165031-uyujaw3d") == []
+
+    first = customer.http.get("/v1/callbacks", params={"limit": 2}).json()
+    rest = customer.http.get("/v1/callbacks", params={"cursor": first["next_cursor"]}).json()
+    assert [row["id"] for row in first["data"] + rest["data"]] == [row["id"] for row in rows]
+    assert rest["next_cursor"] is None
+
+
+@pytest.mark.parametrize(
+    ("query", "status"),
+    [
+        ({"task_id": "x"}, 400),
+        ({"task_id": "task-unified-\0"}, 400),
+        ({"state": "lost"}, 400),
+        ({"since": "yesterday"}, 400),
+        ({"since": "2026-11-01T00:00:00"}, 400),
+        ({"limit": "0"}, 400),
+        ({"limit": "101"}, 400),
+        ({"cursor": "x"}, 400),
+    ],
+)
+def test_what_the_log_cannot_be_asked(
+    customer: Customer, query: dict[str, str], status: int
+) -> None:
+    answer = customer.http.get("/v1/callbacks", params=query)
+
+    assert answer.status_code == status
+    assert "error" in answer.json()
+
+
+@pytest.mark.usefixtures("courier")
+def test_a_callback_is_told_again_under_the_same_id_and_signed_anew(
+    customer: Customer, submit: Submit, work: Work, receiver: Receiver
+) -> None:
+    task = told_task(customer, submit, work, receiver.url)
+    receiver.wait_for(1)
+    wait_until(lambda: states() == {DeliveryState.DELIVERED})
+    (row,) = log(customer)
+    with transaction() as session:
+        secret = session.get_one(Account, customer.id).callback_secret
+
+    answer = customer.http.post(f"/v1/callbacks/{row['id']}/redeliver")
+    first, second = receiver.wait_for(2)
+    wait_until(lambda: len(log(customer)[0]["attempts"]) == 2)
+
+    assert answer.status_code == 200
+    assert answer.json()["id"] == row["id"]
+    assert answer.json()["state"] == "waiting"
+    assert second.headers["webhook-id"] == first.headers["webhook-id"] == row["id"]
+    assert second.body == first.body
+    assert int(second.headers["webhook-timestamp"]) >= int(first.headers["webhook-timestamp"])
+    assert json.loads(second.body)["id"] == task.id
+    Webhook(secret).verify(second.body, second.headers)
+    (again,) = log(customer)
+    assert [attempt["status"] for attempt in again["attempts"]] == [200, 200]
+
+
+@pytest.mark.usefixtures("courier")
+def test_callbacks_of_a_time_range_are_told_again(
+    customer: Customer, submit: Submit, work: Work, receiver: Receiver
+) -> None:
+    for _ in range(3):
+        told_task(customer, submit, work, receiver.url)
+    receiver.wait_for(3)
+    wait_until(lambda: states() == {DeliveryState.DELIVERED})
+    newest, middle, _ = log(customer)
+
+    answer = customer.http.post("/v1/callbacks/redeliver", json={"since": middle["created_at"]})
+    heard = receiver.wait_for(5)
+
+    assert [row["id"] for row in answer.json()["data"]] == [middle["id"], newest["id"]]
+    again = {each.headers["webhook-id"] for each in heard[3:]}
+    assert again == {middle["id"], newest["id"]}
+
+
+def test_a_callback_that_waits_already_is_left_as_it_is(
+    customer: Customer, submit: Submit, work: Work
+) -> None:
+    task = told_task(customer, submit, work, f"https://{RECEIVER_HOST}/told")
+    before = delivery_of(task)
+
+    answer = customer.http.post(f"/v1/callbacks/{before.id}/redeliver")
+
+    assert answer.json()["state"] == "waiting"
+    assert delivery_of(task).next_attempt_at == before.next_attempt_at
+
+
+def test_another_customers_callbacks_are_as_unknown_as_none(
+    customer: Customer, new_customer: NewCustomer, submit: Submit, work: Work
+) -> None:
+    task = told_task(customer, submit, work, f"https://{RECEIVER_HOST}/told")
+    other = new_customer()
+
+    assert log(other) == []
+    assert log(other, task_id=task.id) == []
+    for delivery_id in (delivery_of(task).id, "msg_" + "0" * 32, "msg_x", "%00"):
+        answer = other.http.post(f"/v1/callbacks/{delivery_id}/redeliver")
+        assert answer.status_code == 404
+        assert answer.json()["error"]["code"] == "callback_not_found"
+    told = other.http.post("/v1/callbacks/redeliver", json={"task_id": task.id})
+    assert told.json() == {"data": []}
+
+
+@pytest.mark.parametrize("body", [{}, {"task_id": "x"}, {"state": "lost"}, {"since": "now"}])
+def test_what_cannot_be_told_again(customer: Customer, body: dict[str, str]) -> None:
+    answer = customer.http.post("/v1/callbacks/redeliver", json=body)
+
+    assert answer.status_code == 400

@@ -333,11 +333,11 @@ def test_the_ledger_is_a_table_newest_first(command: Command) -> None:
 
 def submit(account_id: str, key_id: str) -> Task:
     request = tasks.ImageRequest("a cat", 64, 64, ImageFormat.PNG)
-    asked = tasks.Submission(account_id, key_id, request, dialect="test", price=Decimal(15))
+    asked = tasks.Submission(account_id, key_id, (request,), dialect="test", price=Decimal(15))
     with transaction() as session:
-        (task,) = tasks.submit_many(session, [asked])
-    assert isinstance(task, Task)
-    return task
+        (outcome,) = tasks.submit_many(session, [asked])
+    assert isinstance(outcome, tasks.Submitted)
+    return outcome.tasks[0]
 
 
 def test_tasks_are_a_table_newest_first(command: Command) -> None:

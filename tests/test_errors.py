@@ -18,7 +18,7 @@ from structlog.testing import capture_logs
 
 from api import admin
 from api.app import RequestLog, create_app
-from api.dialects import evolink, routing, zimageturbo
+from api.dialects import dashscope, evolink, local, openai, routing, zimageturbo
 from storage import errors
 from storage.errors import ServiceError
 from tests.conftest import case
@@ -52,34 +52,68 @@ TASK_FAILURES = {
     errors.StorageUnavailable,
     errors.WorkerLost,
 }
-"""These end a task and are kept on it; no request is answered with one."""
+"""These end a task and are kept on it."""
+
+HELD = TASK_FAILURES | {errors.TaskCancelled}
+"""Only a dialect that holds the line until the image is there answers a request with these."""
 
 OPERATORS = {
     errors.AccountNotFound,
     errors.AdminOnly,
-    errors.IdempotencyConflict,
     errors.KeyNotFound,
     errors.WouldOverdraw,
     errors.WouldOverflow,
 }
 """These can only be met under `/admin`."""
 
+CALLBACKS = {errors.DeliveryNotFound}
+"""These can only be met where callbacks are asked for, which is under EvoLink's prefix."""
+
+PENDING_ONLY = {errors.NotPending}
+"""These can only be met where a task that is being drawn cannot be cancelled."""
+
 TABLES: dict[str, tuple[Mapping[type[ServiceError], Any], Render, set[type[ServiceError]]]] = {
-    "zimageturbo": (zimageturbo.ERRORS, zimageturbo.render_error, OPERATORS),
+    "zimageturbo": (
+        zimageturbo.ERRORS,
+        zimageturbo.render_error,
+        OPERATORS | HELD | CALLBACKS | PENDING_ONLY,
+    ),
     "evolink create": (
         evolink.CREATE_ERRORS,
         evolink.render_create_error,
-        OPERATORS | {errors.InvalidTaskId, errors.TaskEnded, errors.TaskNotFound},
+        OPERATORS
+        | HELD
+        | CALLBACKS
+        | PENDING_ONLY
+        | {errors.InvalidTaskId, errors.TaskEnded, errors.TaskNotFound},
     ),
     "evolink query": (
         evolink.QUERY_ERRORS,
         evolink.render_query_error,
-        OPERATORS | {errors.TooManyUnfinished},
+        OPERATORS | HELD | PENDING_ONLY | {errors.IdempotencyConflict, errors.TooManyUnfinished},
+    ),
+    "dashscope": (
+        dashscope.ERRORS,
+        dashscope.render_error,
+        OPERATORS | CALLBACKS | {errors.InvalidTaskId},
+    ),
+    "local": (
+        local.ERRORS,
+        local.render_error,
+        OPERATORS | CALLBACKS | PENDING_ONLY | {errors.InvalidTaskId, errors.TaskEnded},
+    ),
+    "openai": (
+        openai.ERRORS,
+        openai.render_error,
+        OPERATORS | CALLBACKS | PENDING_ONLY | {errors.InvalidTaskId, errors.TaskEnded},
     ),
     "admin": (
         admin.ERRORS,
         admin.render_error,
-        {
+        HELD
+        | CALLBACKS
+        | PENDING_ONLY
+        | {
             errors.InsufficientCredits,
             errors.InvalidTaskId,
             errors.ModelAccessDenied,
@@ -94,11 +128,12 @@ TABLES: dict[str, tuple[Mapping[type[ServiceError], Any], Render, set[type[Servi
 def test_a_dialect_has_a_row_for_each_error_that_it_can_meet(dialect: str) -> None:
     table, _, never = TABLES[dialect]
 
-    assert set(all_errors()) - TASK_FAILURES - never == set(table)
+    assert set(all_errors()) - never == set(table)
 
 
 def test_each_error_that_ends_a_task_has_its_word() -> None:
-    assert {kind.__name__ for kind in TASK_FAILURES} == set(evolink.TASK_ERRORS)
+    words = {kind.__name__ for kind in TASK_FAILURES}
+    assert words == set(evolink.TASK_ERRORS) == set(dashscope.TASK_ERRORS)
 
 
 def test_each_error_says_something_to_the_customer() -> None:
@@ -122,6 +157,10 @@ def test_status_and_envelope_of_each_answer_agree() -> None:
             assert body["code"] == answer.status_code, kind
         elif dialect == "admin":
             assert body["status"] == answer.status_code, kind
+        elif dialect == "dashscope":
+            assert list(body) == ["request_id", "code", "message"], kind
+        elif dialect == "local":
+            assert list(body) == ["detail"], kind
         else:
             assert list(body) == ["error"], kind
 
@@ -199,6 +238,33 @@ BUGS: dict[str, tuple[Render, str, dict[str, Any]]] = {
                 "code": "internal_error",
                 "message": "Failed to retrieve task status",
                 "type": "api_error",
+            }
+        },
+    ),
+    "dashscope": (
+        dashscope.render_error,
+        "application/json",
+        {
+            "request_id": "",
+            "code": "InternalError",
+            "message": "An internal error has occured, please try again later or contact service "
+            "support.",
+        },
+    ),
+    "local": (
+        local.render_error,
+        "application/json",
+        {"detail": "Internal server error."},
+    ),
+    "openai": (
+        openai.render_error,
+        "application/json",
+        {
+            "error": {
+                "message": "Internal server error.",
+                "type": "api_error",
+                "param": None,
+                "code": "internal_error",
             }
         },
     ),
@@ -290,7 +356,11 @@ def test_no_answer_to_an_error_is_anything_but_json(
         "/api/generate",
         "/api/status",
         "/api/status?task_id=x",
+        "/api/v1/x",
+        "/api/v1/services/aigc/multimodal-generation/generation",
         "/v1",
+        "/v1/generate",
+        "/v1/generate/x",
         "/v1/x",
         "/v1/images/generations",
         "/v1/tasks/x",

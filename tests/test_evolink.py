@@ -7,6 +7,7 @@ in the dialect.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from PIL import Image
 from sqlalchemy import func, select, update
 
 from api.dialects import evolink
+from api.dialects.routing import BODY_MAX_BYTES
 from storage import accounts, errors, queue, tasks
 from storage.database import transaction
 from storage.errors import ServiceError
@@ -152,7 +154,7 @@ def test_a_waiting_task(customer: Customer) -> None:
         "object": "image.generation.task",
         "progress": 0,
         "status": "pending",
-        "task_info": {"can_cancel": True},
+        "task_info": {"can_cancel": True, "queue_position": 0, "estimated_time": 10},
         "type": "image",
     }
 
@@ -165,7 +167,11 @@ def test_a_task_that_is_being_drawn_tells_its_progress(customer: Customer) -> No
         assert task is not None
         tasks.renew(session, tasks.claim_of(task), progress=37)
 
-    assert query(customer, task_id) == waiting | {"status": "processing", "progress": 37}
+    assert query(customer, task_id) == waiting | {
+        "status": "processing",
+        "progress": 37,
+        "task_info": {"can_cancel": True, "estimated_time": 10},
+    }
 
 
 def test_a_finished_task_has_one_link(customer: Customer, work: Work) -> None:
@@ -177,12 +183,21 @@ def test_a_finished_task_has_one_link(customer: Customer, work: Work) -> None:
 
     (link,) = done["results"]
     assert type(link) is str
+    with urlopen(link) as answer:
+        image = answer.read()
     assert done == waiting | {
         "status": "completed",
         "progress": 100,
         "task_info": {"can_cancel": False},
         "results": [link],
-        "result_data": [{"image_url": link, "seed": 12345}],
+        "result_data": [
+            {
+                "image_url": link,
+                "seed": 12345,
+                "sha256": hashlib.sha256(image).hexdigest(),
+                "size_bytes": len(image),
+            }
+        ],
         "usage": {"billing_rule": "per_call", "credits_used": 15},
     }
     assert customer.books() == (Decimal(1485), Decimal(0))
@@ -440,8 +455,8 @@ def test_a_body_that_is_not_said_to_be_json_is_refused_in_plain_words(customer: 
     assert_untouched(customer)
 
 
-def test_a_body_of_64_kib_is_read_and_one_byte_more_gets_413(customer: Customer) -> None:
-    body = json.dumps(CAT).encode().ljust(65536)
+def test_the_longest_body_is_read_and_one_byte_more_gets_413(customer: Customer) -> None:
+    body = json.dumps(CAT).encode().ljust(BODY_MAX_BYTES)
 
     assert customer.http.post(CREATE, content=body, headers=JSON_TYPE).status_code == 200
     answer = customer.http.post(CREATE, content=body + b" ", headers=JSON_TYPE)
@@ -451,7 +466,7 @@ def test_a_body_of_64_kib_is_read_and_one_byte_more_gets_413(customer: Customer)
 
 def test_a_body_of_unsaid_length_is_bounded_as_well(customer: Customer) -> None:
     def endless() -> Iterator[bytes]:
-        for _ in range(9):
+        for _ in range(BODY_MAX_BYTES // 8192 + 1):
             yield b" " * 8192
 
     refusal(customer.http.post(CREATE, content=endless(), headers=JSON_TYPE), 413)

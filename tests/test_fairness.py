@@ -10,7 +10,7 @@ import pytest
 
 from storage import fairness, tasks
 from storage.database import transaction
-from storage.models import ImageFormat, Task
+from storage.models import ImageFormat
 
 if TYPE_CHECKING:
     from tests.conftest import Customer, NewCustomer
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 def submit(customer: Customer, times: int, side_px: int = 64) -> list[str]:
     request = tasks.ImageRequest("a cat", side_px, side_px, ImageFormat.PNG)
-    submission = tasks.Submission(customer.id, customer.key_id, request, "test", Decimal(0))
+    submission = tasks.Submission(customer.id, customer.key_id, (request,), "test", Decimal(0))
     with transaction() as session:
         outcomes = tasks.submit_many(session, [submission] * times)
-    return [outcome.id for outcome in outcomes if isinstance(outcome, Task)]
+    return [made.tasks[0].id for made in outcomes if isinstance(made, tasks.Submitted)]
 
 
 def claim_accounts(times: int) -> list[str]:

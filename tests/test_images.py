@@ -30,7 +30,7 @@ REFUSED = (400, 403)
 
 
 def test_what_was_put_is_got_by_its_url() -> None:
-    url, _ = objects.url(objects.put(IMAGE, ImageFormat.PNG))
+    url, _ = objects.url(objects.put(IMAGE, ImageFormat.PNG).key)
 
     answer = httpx.get(url)
 
@@ -39,14 +39,14 @@ def test_what_was_put_is_got_by_its_url() -> None:
 
 
 def test_a_key_cannot_be_guessed() -> None:
-    first, second = (objects.put(IMAGE, ImageFormat.JPEG) for _ in range(2))
+    first, second = (objects.put(IMAGE, ImageFormat.JPEG).key for _ in range(2))
 
     assert re.fullmatch(r"images/\d{8}T\d\d/[A-Za-z0-9_-]{43}\.jpeg", first)
     assert first != second
 
 
 def test_without_the_signature_or_with_another_there_is_no_image() -> None:
-    url, _ = objects.url(objects.put(IMAGE, ImageFormat.PNG))
+    url, _ = objects.url(objects.put(IMAGE, ImageFormat.PNG).key)
 
     assert httpx.get(url.partition("?")[0]).status_code in REFUSED
     assert httpx.get(url[:-1] + ("0" if url[-1] != "0" else "1")).status_code in REFUSED
@@ -60,7 +60,7 @@ def test_the_url_lives_for_a_day_and_says_when_it_ends() -> None:
 
 
 def test_a_url_whose_time_is_over_is_refused() -> None:
-    key = objects.put(IMAGE, ImageFormat.PNG)
+    key = objects.put(IMAGE, ImageFormat.PNG).key
     signed_long_ago = _sign_at(key, datetime.now(UTC) - timedelta(seconds=settings.image_ttl_s + 1))
     signed_just_in_time = _sign_at(
         key, datetime.now(UTC) - timedelta(seconds=settings.image_ttl_s - 60)

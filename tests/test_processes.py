@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ import httpx
 from sqlalchemy import select
 
 from deploy import reach
-from storage import queue
+from storage import events, queue
 from storage.database import transaction
 from storage.models import LedgerEntry, Task, TaskStatus
 
@@ -105,8 +106,13 @@ def test_a_worker_that_is_told_to_stop_finishes_its_task_first(
 
 
 def test_a_courier_that_is_told_to_stop_does() -> None:
+    def listeners() -> int:
+        count: int = queue.connection.pubsub_numsub(events.CHANNEL)[0][1]
+        return count
+
+    others = listeners()  # the API of these tests may be one
     with process("api.courier") as courier:
-        wait_until(lambda: bool(queue.connection.pubsub_numsub("zimage:tasks")[0][1]))
+        wait_until(lambda: listeners() > others)
         courier.send_signal(signal.SIGTERM)
         assert courier.wait() == 0
 
@@ -136,6 +142,47 @@ def test_an_api_process_that_is_told_to_stop_answers_first(customer: Customer) -
 
     assert set(answers) == {200}
     assert len(statuses()) == len(answers)  # what was answered is there, and nothing else
+
+
+def test_an_api_process_that_is_told_to_stop_lets_those_go_who_wait(customer: Customer) -> None:
+    port = reach.free_port()
+    api = subprocess.Popen(
+        [sys.executable, "-m", "api", "serve"], env=os.environ | {"ZIMAGE_PORT": str(port)}
+    )
+    messages = {"messages": [{"role": "user", "content": [{"text": "a cat"}]}]}
+    held = "/api/v1/services/aigc/multimodal-generation/generation"
+    try:
+        with (
+            httpx.Client(
+                base_url=f"http://127.0.0.1:{port}",
+                headers={"Authorization": f"Bearer {customer.key}"},
+                timeout=100,
+            ) as http,
+            ThreadPoolExecutor(3) as pool,
+        ):
+            wait_until(lambda: _answers(http))
+            body = {"model": "z-image-turbo", "prompt": "a cat"}
+            task_id = http.post("/v1/images/generations", json=body).json()["id"]
+            path = f"/v1/tasks/{task_id}"
+            waits = pool.submit(http.get, path, headers={"Prefer": "wait=60"})
+            holds = pool.submit(http.post, held, json={"model": "z-image-turbo", "input": messages})
+            wait_until(lambda: len(statuses()) == 2)
+            with http.stream("GET", f"{path}/events") as follows:
+                lines = follows.iter_lines()
+                wait_until(lambda: next(lines).startswith("data:"))
+                api.send_signal(signal.SIGTERM)
+                assert not [line for line in lines if line.startswith("data:")]
+
+            assert waits.result().json()["status"] == "pending"
+            assert holds.result().status_code == 503
+        assert api.wait() == -signal.SIGTERM
+    finally:
+        if api.poll() is None:
+            api.kill()
+            api.wait()
+
+    # Whoever was held and got no image does not pay for it; whoever polls finds the task.
+    assert sorted(statuses()) == [TaskStatus.CANCELLED, TaskStatus.PENDING]
 
 
 def _answers(http: httpx.Client) -> bool:

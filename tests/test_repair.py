@@ -67,7 +67,7 @@ def test_nothing_is_rung_for_where_no_job_is_missing(customer: Customer, submit:
 def test_one_look_rings_for_a_bounded_number(customer: Customer, submit: Submit) -> None:
     with transaction() as session:
         request = tasks.ImageRequest("a cat", 64, 64, ImageFormat.PNG)
-        one = tasks.Submission(customer.id, customer.key_id, request, "test", price=Decimal(0))
+        one = tasks.Submission(customer.id, customer.key_id, (request,), "test", price=Decimal(0))
         tasks.submit_many(session, [one] * (queue.RING_MAX + 1))
 
     assert repair.lost_jobs() == queue.RING_MAX
@@ -124,7 +124,7 @@ def test_several_couriers_repair_each_task_once(customer: Customer, submit: Subm
 
 def test_an_image_that_nobody_knows_goes_when_its_time_is_over() -> None:
     objects.delete_older_than(timedelta(0))
-    key = objects.put(b"an image whose worker died", ImageFormat.PNG)
+    key = objects.put(b"an image whose worker died", ImageFormat.PNG).key
 
     assert repair.old_images() == 0
     assert objects.delete_older_than(timedelta(days=1)) == 0

@@ -40,6 +40,8 @@ def complete(claim: Claim) -> Task | None:
             session,
             claim,
             image_key="images/x.png",
+            image_sha256="0" * 64,
+            image_size_bytes=1,
             image_url="https://images/x.png",
             expires_at=datetime.now(UTC) + timedelta(hours=24),
         )

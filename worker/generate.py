@@ -27,6 +27,7 @@ from storage.errors import (
     StorageUnavailable,
 )
 from storage.models import Task, TaskStatus
+from storage.objects import Stored
 from storage.settings import settings
 from storage.tasks import Claim
 from worker.finishing import encode
@@ -45,9 +46,10 @@ class Pipeline(Protocol):
         width: int,
         height: int,
         seed: int,
+        steps: int,
         on_step: Callable[[int, int], None],
     ) -> Image:
-        """Draw `prompt` and return `width` x `height` pixels, RGB, 8 bit.
+        """Draw `prompt` in so many `steps` and return `width` x `height` pixels, RGB, 8 bit.
 
         `on_step` is called after each step with the number done and the number of all; what it
         raises ends the drawing.
@@ -106,8 +108,8 @@ def run() -> None:
 
 def _work(task: Task, claim: Claim, pipeline: Pipeline) -> None:
     try:
-        key = _draw_and_store(task, claim, pipeline)
-        url, expires_at = objects.url(key)
+        stored = _draw_and_store(task, claim, pipeline)
+        url, expires_at = objects.url(stored.key)
     except ClaimLost:
         logger.warning("task.claim_lost")
     except StorageUnavailable as error:
@@ -130,21 +132,24 @@ def _work(task: Task, claim: Claim, pipeline: Pipeline) -> None:
             partial(
                 tasks.complete,
                 claim=claim,
-                image_key=key,
+                image_key=stored.key,
+                image_sha256=stored.sha256,
+                image_size_bytes=stored.size_bytes,
                 image_url=url,
                 expires_at=expires_at,
             )
         )
 
 
-def _draw_and_store(task: Task, claim: Claim, pipeline: Pipeline) -> str:
-    """The key of the stored image. Raises: ClaimLost, ServiceError."""
+def _draw_and_store(task: Task, claim: Claim, pipeline: Pipeline) -> Stored:
+    """Raises: ClaimLost, ServiceError."""
     with Lease(claim) as lease:
         image = pipeline(
             task.prompt,
             width=task.width,
             height=task.height,
             seed=task.seed,
+            steps=task.steps,
             on_step=lease.step,
         )
         lease.check()
@@ -208,14 +213,16 @@ class Lease:
             raise GenerationTimeout
 
     def _renew_until_stopped(self) -> None:
+        told = 0
         while True:
             self._moved.wait(settings.lease_s / RENEWALS_PER_LEASE)
             self._moved.clear()
             if self._stopped:
                 return
+            progress = self._progress
             try:
                 with transaction() as session:
-                    held = tasks.renew(session, self._claim, self._progress)
+                    held = tasks.renew(session, self._claim, progress)
             except ServiceUnavailable:
                 # Going on is safe: if the lease runs out meanwhile, the claim's number stops us.
                 logger.warning("task.not_renewed", task_id=self._claim.task_id)
@@ -223,3 +230,6 @@ class Lease:
             if not held:
                 self._lost = True
                 return
+            if progress > told:
+                told = progress
+                events.publish_progress(self._claim.task_id)

@@ -127,6 +127,7 @@ class TurboPipeline:
         height: int,
         seed: int,
         on_step: Callable[[int, int], None],
+        steps: int = STEPS,
     ) -> Image.Image:
         """Draw `prompt` and return an RGB image, 8 bit, of exactly `width` x `height` pixels.
 
@@ -142,7 +143,9 @@ class TurboPipeline:
             ResourceExhausted: out of memory. What was held for this image is given back.
         """
         try:
-            image = self._draw(prompt, _rounded_up(width), _rounded_up(height), seed, on_step)
+            image = self._draw(
+                prompt, _rounded_up(width), _rounded_up(height), seed, steps, on_step
+            )
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -157,17 +160,23 @@ class TurboPipeline:
 
     @torch.inference_mode()
     def _draw(
-        self, prompt: str, width: int, height: int, seed: int, on_step: Callable[[int, int], None]
+        self,
+        prompt: str,
+        width: int,
+        height: int,
+        seed: int,
+        steps: int,
+        on_step: Callable[[int, int], None],
     ) -> Image.Image:
         def step_ended(_: Any, index: int, __: Any, ___: dict[str, Any]) -> dict[str, Any]:
-            on_step(index + 1, STEPS)
+            on_step(index + 1, steps)
             return {}  # nothing to replace
 
         drawn = self._pipeline(
             prompt=[prompt],  # a new list each time: the pipeline overwrites it in place
             width=width,
             height=height,
-            num_inference_steps=STEPS,
+            num_inference_steps=steps,
             guidance_scale=GUIDANCE,
             # On the CPU wherever the drawing is, so that a seed means the same noise everywhere.
             generator=torch.Generator("cpu").manual_seed(seed),

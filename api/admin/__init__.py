@@ -8,7 +8,8 @@ from typing import Annotated
 from fastapi import APIRouter, Header
 from starlette.responses import Response
 
-from api.admin import cursors, shapes
+from api import cursors
+from api.admin import shapes
 from api.answers import JSON, Problem
 from api.auth import Caller, admit_admin
 from api.dialects import routing

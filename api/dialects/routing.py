@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
+import orjson
 import structlog
 from fastapi import APIRouter, Depends, Request
 from fastapi.exceptions import RequestValidationError
@@ -17,26 +18,26 @@ from starlette.responses import Response
 from starlette.types import Message
 
 from api.auth import Admit, bearer
-from api.batching import Batcher
-from storage import tasks
-from storage.accounts import Credential
+from api.orders import CallerGone
 from storage.errors import (
     InternalError,
     InvalidRequest,
     MethodNotAllowed,
-    ModelAccessDenied,
     PathNotFound,
     PayloadTooLarge,
     ServiceError,
-    TaskNotFound,
 )
-from storage.models import Task
-from storage.settings import settings
-from storage.tasks import ImageRequest, Submission
 
-BODY_MAX_BYTES = 64 * 1024
-"""The longest prompt, in four-byte characters escaped as \\uXXXX pairs, is a third of this."""
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
+BODY_MAX_BYTES = 400 * 1024
+"""The longest prompt of any dialect, OpenAI's of 32 000 characters, is 384 000 bytes where each
+character is escaped as a pair of \\uXXXX; the rest is for the other fields."""
+METHODS = (
+    *("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"),
+    "QUERY",  # draft-ietf-httpbis-safe-method-w-body
+)
+
+CALLER_GONE = 499
+"""What the log says where nobody is left to be answered; nginx's number for it."""
 
 RenderError = Callable[[ServiceError], Response]
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -54,7 +55,7 @@ def dialect_router(render_error: RenderError, admit: Admit | None = None) -> API
         def get_route_handler(self) -> Handler:
             handle = super().get_route_handler()
 
-            async def handle_in_dialect(request: Request) -> Response:
+            async def answer(request: Request) -> Response:
                 try:
                     if admit is not None:
                         request.state.caller = await admit(request)
@@ -65,9 +66,18 @@ def dialect_router(render_error: RenderError, admit: Admit | None = None) -> API
                     return render_error(InvalidRequest(str(error.detail)))
                 except ServiceError as error:
                     return render_error(error)
+                except CallerGone:
+                    return Response(status_code=CALLER_GONE)
                 except Exception:
                     logger.exception("request.failed", path=request.url.path)
                     return render_error(InternalError())
+
+            async def handle_in_dialect(request: Request) -> Response:
+                # What whoever works on the request has to say beside the dialect's own body.
+                request.state.headers = {}
+                response = await answer(request)
+                response.headers.update(request.state.headers)
+                return response
 
             return handle_in_dialect
 
@@ -75,12 +85,39 @@ def dialect_router(render_error: RenderError, admit: Admit | None = None) -> API
         route_class=DialectRoute,
         redirect_slashes=False,
         dependencies=[] if admit is None else [Depends(bearer)],
-        responses={"4XX": {"description": "Refused, in the form of this dialect"}},
+        responses=_failures(render_error),
     )
 
 
-def close(routers: Sequence[APIRouter], prefix: str, render_error: RenderError) -> APIRouter:
-    """A router for all that `routers` leave open under `prefix`: 405 and 404 in their dialect."""
+def _failures(render_error: RenderError) -> dict[int | str, dict[str, Any]]:
+    """What the documentation says of failures: the envelope that `render_error` writes."""
+    answer = render_error(InternalError())
+    content = {str(answer.media_type): {"schema": _schema(orjson.loads(answer.body))}}
+    return {
+        "4XX": {"description": "Refused, in the form of this dialect", "content": content},
+        "5XX": {"description": "Failed, in the form of this dialect", "content": content},
+    }
+
+
+def _schema(example: Any) -> dict[str, Any]:
+    """The JSON Schema of what has the form of `example`; what is null in it may be anything."""
+    match example:
+        case dict():
+            fields = {name: _schema(value) for name, value in example.items()}
+            return {"type": "object", "properties": fields, "required": list(fields)}
+        case str():
+            return {"type": "string"}
+        case int():
+            return {"type": "integer"}
+        case _:
+            return {}
+
+
+def close(routers: Sequence[APIRouter], prefix: str | None, render_error: RenderError) -> APIRouter:
+    """A router for all that `routers` leave open under `prefix`: 405 and 404 in their dialect.
+
+    Without a prefix, for the wrong methods only.
+    """
     rest = dialect_router(render_error)
     answered: dict[str, set[str]] = defaultdict(set)
     for route in (route for router in routers for route in router.routes):
@@ -93,7 +130,8 @@ def close(routers: Sequence[APIRouter], prefix: str, render_error: RenderError) 
 
         return method_not_allowed
 
-    for path, methods in answered.items():
+    # Paths without a parameter first: `/v1/tasks/batch` has the form of `/v1/tasks/{task_id}`.
+    for path, methods in sorted(answered.items(), key=lambda item: "{" in item[0]):
         others = sorted(set(METHODS) - methods)
         rest.add_api_route(
             path, refuse(", ".join(sorted(methods))), methods=others, include_in_schema=False
@@ -102,6 +140,8 @@ def close(routers: Sequence[APIRouter], prefix: str, render_error: RenderError) 
     def path_not_found() -> None:
         raise PathNotFound
 
+    if prefix is None:
+        return rest
     rest.add_api_route(
         prefix + "/{path:path}", path_not_found, methods=list(METHODS), include_in_schema=False
     )
@@ -116,8 +156,14 @@ async def _with_bounded_body(request: Request) -> Request:
         if len(body) > BODY_MAX_BYTES:
             raise PayloadTooLarge(f"The request body is longer than {BODY_MAX_BYTES} bytes")
 
+    unread = [bytes(body)]
+    request.state.body = bytes(body)
+
     async def receive() -> Message:
-        return {"type": "http.request", "body": bytes(body), "more_body": False}
+        """The body, once, and then that the caller hung up."""
+        if unread:
+            return {"type": "http.request", "body": unread.pop(), "more_body": False}
+        return await request.receive()
 
     return Request(request.scope, receive)
 
@@ -132,12 +178,16 @@ def _first_fault(error: RequestValidationError) -> InvalidRequest:
     what = fault["msg"].removeprefix("Value error, ")
     if not where:
         return InvalidRequest(f"body: {what}")
-    return InvalidRequest(f"{'.'.join(where)}: {what}", param=where[0])
+    missing = fault["type"] == "missing"
+    return InvalidRequest(f"{'.'.join(where)}: {what}", param=where[0], missing=missing)
 
 
-def example(answer: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
-    """What `/docs` shows of a successful answer."""
-    return {200: {"content": {"application/json": {"example": answer}}}}
+def example(answer: dict[str, Any], *, streams: bool = False) -> dict[int | str, dict[str, Any]]:
+    """What `/docs` shows of a successful answer, which `streams` where that is asked for."""
+    content: dict[str, Any] = {"application/json": {"example": answer}}
+    if streams:
+        content["text/event-stream"] = {}
+    return {200: {"content": content}}
 
 
 def drawable(prompt: str) -> str:
@@ -146,37 +196,8 @@ def drawable(prompt: str) -> str:
         raise ValueError("must not be empty")
     if "\0" in prompt:
         raise ValueError("must not contain the NUL character")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # half of an escaped pair, which no database takes
+        raise ValueError("must be valid Unicode") from None
     return prompt
-
-
-async def submit(request: Request, caller: Credential, image: ImageRequest, dialect: str) -> Task:
-    """Submit `image` for `caller`.
-
-    Raises: ModelAccessDenied, and what `storage.ledger.reserve_many` says.
-    """
-    if not caller.may_use(image.model):
-        raise ModelAccessDenied(image.model)
-    submissions: Batcher[Submission, Task] = request.app.state.submissions
-    task = await submissions.add(
-        Submission(
-            account_id=caller.account_id,
-            api_key_id=caller.key_id,
-            request=image,
-            dialect=dialect,
-            price=settings.price_credits,
-            request_id=request.state.request_id,
-        )
-    )
-    logger.info("task.submitted", task_id=task.id, account_id=task.account_id, dialect=dialect)
-    return task
-
-
-async def find(request: Request, caller: Credential, task_id: str) -> Task:
-    """The caller's own task. Raises: TaskNotFound, ModelAccessDenied."""
-    if not tasks.is_id(task_id):
-        raise TaskNotFound
-    reads: Batcher[tuple[str, str], Task] = request.app.state.reads
-    task = await reads.add((caller.account_id, task_id))
-    if not caller.may_use(task.model):
-        raise ModelAccessDenied(task.model)
-    return task

@@ -17,9 +17,11 @@ from fastapi import APIRouter, Query, Request
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictStr
 from starlette.responses import Response
 
+from api import orders
 from api.answers import JSON
 from api.auth import Caller, admit_create, admit_read
 from api.dialects import routing
+from api.orders import Quote
 from storage import errors, tasks
 from storage.models import ImageFormat, Task, TaskStatus
 
@@ -58,6 +60,7 @@ ERRORS: dict[type[errors.ServiceError], int] = {
     errors.PathNotFound: 404,
     errors.TaskNotFound: 404,
     errors.MethodNotAllowed: 405,
+    errors.IdempotencyConflict: 409,
     errors.TaskEnded: 409,
     errors.PayloadTooLarge: 413,
     errors.RateLimited: 429,
@@ -137,7 +140,12 @@ async def generate(request: Request, body: GenerateRequest, caller: Caller) -> R
         seed=None if body.seed == RANDOM_SEED else body.seed,
         aspect_ratio=body.aspect_ratio,
     )
-    task = await routing.submit(request, caller, image, NAME)
+    order = await orders.place(request, caller, [image], NAME)
+    if isinstance(order, Quote):
+        return _success(order.render())
+    (task,) = order
+    if task.status.is_terminal:
+        return _success(render_task(task))
     return _success({"task_id": task.id, "status": STATUSES[task.status]})
 
 
@@ -166,7 +174,7 @@ async def status(
     caller: Caller,
     task_id: Annotated[str, Query(description="As the create answered it")],
 ) -> Response:
-    return _success(render_task(await routing.find(request, caller, task_id)))
+    return _success(render_task(await orders.find(request, caller, task_id)))
 
 
 def render_task(task: Task) -> dict[str, Any]:
