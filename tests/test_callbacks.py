@@ -558,6 +558,7 @@ def test_the_log_is_asked_by_task_by_state_and_by_time(
         ({"state": "lost"}, 400),
         ({"since": "yesterday"}, 400),
         ({"since": "2026-11-01T00:00:00"}, 400),
+        ({"until": "0.5"}, 400),
         ({"limit": "0"}, 400),
         ({"limit": "101"}, 400),
         ({"cursor": "x"}, 400),
@@ -645,7 +646,9 @@ def test_another_customers_callbacks_are_as_unknown_as_none(
     assert told.json() == {"data": []}
 
 
-@pytest.mark.parametrize("body", [{}, {"task_id": "x"}, {"state": "lost"}, {"since": "now"}])
+@pytest.mark.parametrize(
+    "body", [{}, {"task_id": "x"}, {"state": "lost"}, {"since": "now"}, {"until": 1700000000}]
+)
 def test_what_cannot_be_told_again(customer: Customer, body: dict[str, str]) -> None:
     answer = customer.http.post("/v1/callbacks/redeliver", json=body)
 

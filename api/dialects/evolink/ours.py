@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from fastapi import Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.sse import format_sse_event
-from pydantic import AwareDatetime, BaseModel, ConfigDict
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict
 from starlette.responses import Response, StreamingResponse
 
 from api import cursors, orders
@@ -82,6 +82,16 @@ async def _stream(waiting: Waiting, account_id: str, task_id: str) -> AsyncItera
 # --- Callbacks ----------------------------------------------------------------------------------
 
 
+def _written(moment: object) -> object:
+    """Keeps pydantic from reading a number as seconds since 1970."""
+    if isinstance(moment, str) and moment[:5].endswith("-"):
+        return moment
+    raise ValueError("must be a date and a time with its zone, as RFC 3339 writes them")
+
+
+Moment = Annotated[AwareDatetime, BeforeValidator(_written)]
+
+
 class Redelivery(BaseModel):
     """Which callbacks are to be told again: by task, by state, by when the tasks ended."""
 
@@ -89,8 +99,8 @@ class Redelivery(BaseModel):
 
     task_id: str | None = None
     state: DeliveryState | None = None
-    since: AwareDatetime | None = None
-    until: AwareDatetime | None = None
+    since: Moment | None = None
+    until: Moment | None = None
 
 
 @router.get("/v1/callbacks", summary="Read the delivery log (our extension)")
@@ -98,8 +108,8 @@ def list_callbacks(
     caller: Caller,
     task_id: str | None = None,
     state: DeliveryState | None = None,
-    since: Annotated[AwareDatetime | None, Query(description="Of tasks that ended then")] = None,
-    until: AwareDatetime | None = None,
+    since: Annotated[Moment | None, Query(description="Of tasks that ended then")] = None,
+    until: Moment | None = None,
     limit: cursors.PageLimit = cursors.PAGE_DEFAULT,
     cursor: cursors.Cursor = None,
 ) -> Response:
