@@ -56,9 +56,10 @@ def environment(chosen: LocalSettings, data: Path, own: Sequence[Server]) -> dic
         "ZIMAGE_PORT": str(chosen.port),
         "ZIMAGE_DATA_DIR": str(data),
         "ZIMAGE_MODEL": chosen.model,
-        "ZIMAGE_LOCAL_ACCOUNT_ID": chosen.local_account_id,
         "PYTHONUNBUFFERED": "1",
     }
+    if chosen.local_account_id:
+        env["ZIMAGE_LOCAL_ACCOUNT_ID"] = chosen.local_account_id
     for server in own:
         env |= {**server.settings, **server.env}
     if chosen.s3_endpoint_url is None:  # never by way of a proxy for the rest of the world

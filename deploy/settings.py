@@ -15,6 +15,7 @@ DEMO_ACCOUNT_ID = "acct_demo"
 
 
 def _local_account_id() -> str:
+    """Read here, because a variable that is set to nothing has a meaning for this setting only."""
     return os.environ.get("ZIMAGE_LOCAL_ACCOUNT_ID", DEMO_ACCOUNT_ID)
 
 

@@ -1,5 +1,6 @@
 """`make up`: what is broken is said in one sentence, what dies comes back, and nothing is left."""
 
+import base64
 import json
 import os
 import shutil
@@ -24,9 +25,14 @@ import pytest
 import redis
 from botocore.config import Config
 
-from deploy import reach, servers, supervision
+from api.__main__ import parser
+from deploy import plan, reach, servers, settings, supervision
 from deploy.errors import CannotStart
 from deploy.terminal import Follower
+from deploy.welcome import welcome
+from storage import accounts, ledger
+from storage.database import transaction
+from storage.models import Account
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT_S = 90
@@ -177,6 +183,46 @@ def test_a_lock_left_by_a_killed_postgres_does_not_stop_the_next(folder: Path) -
             other.kill()
 
 
+@pytest.mark.parametrize(
+    ("given", "account_id"),
+    [({}, "acct_demo"), ({"ZIMAGE_LOCAL_ACCOUNT_ID": "acct_mine"}, "acct_mine")],
+)
+def test_who_pays_without_a_key_is_told_to_the_api_and_to_the_person(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], account_id: str
+) -> None:
+    monkeypatch.delenv("ZIMAGE_LOCAL_ACCOUNT_ID", raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    chosen = settings.load()
+
+    assert plan.environment(chosen, Path("/data"), [])["ZIMAGE_LOCAL_ACCOUNT_ID"] == account_id
+    assert f"/v1/generate\n               from this machine; {account_id} pays" in welcome(
+        chosen, Path("/data")
+    )
+
+
+def test_set_to_nothing_nobody_pays_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ZIMAGE_LOCAL_ACCOUNT_ID", "")
+    chosen = settings.load()
+
+    assert "ZIMAGE_LOCAL_ACCOUNT_ID" not in plan.environment(chosen, Path("/data"), [])
+    assert "/v1/generate" not in welcome(chosen, Path("/data"))
+
+
+def test_a_second_data_folder_shares_the_demo_account_of_its_database(folder: Path) -> None:
+    for name in ("first", "second"):
+        args = parser().parse_args(["demo-credentials", str(folder / name), "acct_demo"])
+        args.run(args)
+
+    with transaction() as session:
+        assert session.get_one(Account, "acct_demo").balance == 1500
+        assert len(ledger.entries(session, None, before=None, limit=10)) == 1
+        for name in ("first", "second"):
+            shown = (folder / name).read_text().partition("ZIMAGE_API_KEY=")[2].split("\n")[0]
+            (found,) = accounts.authenticate(session, [accounts.digest(shown)]).values()
+            assert found.account_id == "acct_demo"
+
+
 def test_an_image_is_served_as_soon_as_it_is_put_and_only_to_who_has_its_url() -> None:
     """On the servers that every test uses."""
     with closing(s3_client(os.environ)) as s3, httpx.Client() as http:
@@ -279,6 +325,10 @@ def test_the_service_comes_up_survives_kills_and_leaves_nothing(folder: Path) ->
         assert stat.S_IMODE(keys.stat().st_mode) == 0o600
         tried = subprocess.run(["sh", "-c", pasted], capture_output=True, text=True, check=True)
         task_url = f"/v1/tasks/{json.loads(tried.stdout)['id']}"
+        assert f"ZIMAGE_ACCOUNT_ID={settings.DEMO_ACCOUNT_ID}\n" in keys.read_text()
+        small = {"prompt": "a cat", "width": 64, "height": 64}
+        image = http.post("/v1/generate", json=small, timeout=TIMEOUT_S).json()["image"]
+        assert base64.b64decode(image).startswith(b"\x89PNG")
         assert f"Process {first.pid} already runs" in refused(env)
 
         running = processes(folder)

@@ -113,11 +113,8 @@ def _schema(example: Any) -> dict[str, Any]:
             return {}
 
 
-def close(routers: Sequence[APIRouter], prefix: str | None, render_error: RenderError) -> APIRouter:
-    """A router for all that `routers` leave open under `prefix`: 405 and 404 in their dialect.
-
-    Without a prefix, for the wrong methods only.
-    """
+def close(routers: Sequence[APIRouter], prefix: str, render_error: RenderError) -> APIRouter:
+    """A router for all that `routers` leave open under `prefix`: 405 and 404 in their dialect."""
     rest = dialect_router(render_error)
     answered: dict[str, set[str]] = defaultdict(set)
     for route in (route for router in routers for route in router.routes):
@@ -140,8 +137,6 @@ def close(routers: Sequence[APIRouter], prefix: str | None, render_error: Render
     def path_not_found() -> None:
         raise PathNotFound
 
-    if prefix is None:
-        return rest
     rest.add_api_route(
         prefix + "/{path:path}", path_not_found, methods=list(METHODS), include_in_schema=False
     )
@@ -156,8 +151,8 @@ async def _with_bounded_body(request: Request) -> Request:
         if len(body) > BODY_MAX_BYTES:
             raise PayloadTooLarge(f"The request body is longer than {BODY_MAX_BYTES} bytes")
 
-    unread = [bytes(body)]
     request.state.body = bytes(body)
+    unread = [request.state.body]
 
     async def receive() -> Message:
         """The body, once, and then that the caller hung up."""
