@@ -50,8 +50,8 @@ class Courier:
         self._wake.set()
 
     async def run(self) -> None:
+        listener = asyncio.create_task(self._listen())
         others = [
-            asyncio.create_task(self._listen()),
             asyncio.create_task(self._every(REPAIR_S, repair.lost_workers)),
             asyncio.create_task(self._every(REPAIR_S, repair.lost_jobs)),
             asyncio.create_task(self._every(REPAIR_S, repair.missed_deadlines)),
@@ -74,6 +74,7 @@ class Courier:
             await self._sleep(pause_s)
         for task in others:
             task.cancel()
+        await events.stop(listener)
         await asyncio.gather(*others, *self._attempts, return_exceptions=True)
         await self._client.aclose()
 

@@ -149,8 +149,7 @@ class Waiting:
 
     async def close(self) -> None:
         if self._ear is not None:
-            self._ear.cancel()
-            await asyncio.gather(self._ear, return_exceptions=True)
+            await events.stop(self._ear)
 
     @contextmanager
     def _watch(self, task_ids: Sequence[str], *, ended_only: bool) -> Iterator[Watch]:

@@ -3,6 +3,7 @@
 An event may be lost, and whoever misses it finds the same in the row a little later.
 """
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from storage.models import Task, TaskStatus
 from storage.settings import settings
 
 CHANNEL = "zimage:tasks"
+STOP_AGAIN_S = 0.1
 
 logger = structlog.get_logger()
 
@@ -73,3 +75,14 @@ async def listen() -> AsyncIterator[Event]:
         async for message in channel.listen():
             subscribed = message["type"] == "subscribe"
             yield Event() if subscribed else Event(**json.loads(message["data"]))
+
+
+async def stop(listener: asyncio.Task[None]) -> None:
+    """End a task that listens.
+
+    The Redis client swallows a cancellation that comes while it subscribes (redis 8.1.0), and
+    would then listen for ever: so it is told until it ends.
+    """
+    while not listener.done():
+        listener.cancel()
+        await asyncio.wait({listener}, timeout=STOP_AGAIN_S)

@@ -310,6 +310,25 @@ def test_a_connection_to_redis_that_breaks_is_made_again(
     assert asyncio.run(wait()).status is TaskStatus.CANCELLED
 
 
+def test_a_listener_can_be_stopped_at_any_moment() -> None:
+    async def listen() -> None:
+        async for _ in events.listen():
+            pass
+
+    async def stop_after(delay_s: float) -> None:
+        listener = asyncio.create_task(listen())
+        await asyncio.sleep(delay_s)
+        async with asyncio.timeout(30):
+            await events.stop(listener)
+        assert listener.cancelled()
+
+    async def stop_at_many_moments() -> None:
+        for half_ms in range(20):
+            await stop_after(half_ms / 2000)
+
+    asyncio.run(stop_at_many_moments())
+
+
 def test_when_the_process_stops_nobody_waits_on(customer: Customer, submit: Submit) -> None:
     task = submit(customer)
 
