@@ -62,29 +62,31 @@ def _key() -> str:
 
 
 async def _measure(url: str, key: str, api: psutil.Process) -> None:
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(
-        base_url=url, headers={"Authorization": f"Bearer {key}"}, limits=limits, timeout=2 * WAIT_S
-    ) as http:
+    def client() -> httpx.AsyncClient:
+        headers = {"Authorization": f"Bearer {key}"}
+        limits = httpx.Limits(max_connections=None)
+        return httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=2 * WAIT_S)
+
+    # Two clients: one with hundreds of connections is slow at finding a free one.
+    async with client() as http, client() as patient:
         await _until_ready(http)
-        await _requests(http, {})  # warm
         alone: Latencies = {}
         beside: Latencies = {}
         heard_after_s, memory_mb, threads = [], [], []
         for _ in range(ROUNDS):
+            await _requests(http, {})  # until what the round before has left behind is forgotten
             await _requests(http, alone)
             idle_mb = api.memory_info().rss / 1e6
             async with AsyncExitStack() as stack:
-                waits, task_ids = await _waiters(http, stack)
+                waits, task_ids = await _waiters(patient, stack)
+                await _requests(http, {})
                 await _requests(http, beside)
                 memory_mb.append(api.memory_info().rss / 1e6 - idle_mb)
                 threads.append(api.num_threads())
-                started = time.perf_counter()
-                for task_id in task_ids:
-                    (await http.post(f"/v1/tasks/{task_id}/cancel")).raise_for_status()
-                cancelled_s = time.perf_counter() - started
+                await _cancel(http, task_ids)
+                ended_at = time.perf_counter()
                 await asyncio.gather(*waits)
-                heard_after_s.append(time.perf_counter() - started - cancelled_s)
+                heard_after_s.append(time.perf_counter() - ended_at)
         _report(alone, beside)
         print(
             f"last of {2 * WAITERS} waiters heard, after the last task ended: "
@@ -125,10 +127,7 @@ async def _waiters(
             last = [line async for line in lines if line.startswith("data:")][-1]
             assert '"failed"' in last, last
 
-    ids = [
-        (await http.post("/v1/images/generations", json=CREATE)).json()["id"]
-        for _ in range(2 * WAITERS)
-    ]
+    ids = [await _create(http) for _ in range(2 * WAITERS)]
     waits = [asyncio.create_task(prefer(task_id)) for task_id in ids[:WAITERS]]
     waits += [asyncio.create_task(follow(task_id)) for task_id in ids[WAITERS:]]
     stack.push_async_callback(_end, waits)
@@ -143,17 +142,34 @@ async def _end(waits: list[asyncio.Task[None]]) -> None:
 
 
 async def _requests(http: httpx.AsyncClient, into: Latencies) -> None:
-    created = await http.post("/v1/images/generations", json=CREATE)
-    path = f"/v1/tasks/{created.json()['id']}"
-    kinds: dict[str, Callable[[], Awaitable[httpx.Response]]] = {
-        "read": lambda: http.get(path),
-        "create": lambda: http.post("/v1/images/generations", json=CREATE),
-    }
+    """Reads of a waiting task, and creates; all are cancelled, so that no backlog builds up."""
+    ids = [await _create(http)]
+    path = f"/v1/tasks/{ids[0]}"
+
+    async def read() -> None:
+        (await http.get(path)).raise_for_status()
+
+    async def create() -> None:
+        ids.append(await _create(http))
+
+    kinds: dict[str, Callable[[], Awaitable[None]]] = {"read": read, "create": create}
     for kind, ask in kinds.items():
         for _ in range(REQUESTS):
             started = time.perf_counter()
-            (await ask()).raise_for_status()
+            await ask()
             into.setdefault(kind, []).append(time.perf_counter() - started)
+    await _cancel(http, ids)
+
+
+async def _create(http: httpx.AsyncClient) -> str:
+    answer = await http.post("/v1/images/generations", json=CREATE)
+    task_id: str = answer.raise_for_status().json()["id"]
+    return task_id
+
+
+async def _cancel(http: httpx.AsyncClient, task_ids: list[str]) -> None:
+    for task_id in task_ids:
+        (await http.post(f"/v1/tasks/{task_id}/cancel")).raise_for_status()
 
 
 def _report(alone: Latencies, beside: Latencies) -> None:

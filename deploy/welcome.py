@@ -20,15 +20,15 @@ def welcome(chosen: LocalSettings, data: Path) -> str:
         f"  Logs         {_near(data / 'logs')}",
         f"  Model        {chosen.model}",
     ]
-    if chosen.local_account_id:
-        lines += [
-            f"  Without key  {chosen.address}/v1/generate",
-            f"               from this machine; {chosen.local_account_id} pays.",
-        ]
     if chosen.model == "demo":
         lines += [
             "               Its weights are random: it draws texture, not your prompt. For images",
             "               set ZIMAGE_MODEL=Tongyi-MAI/Z-Image-Turbo, on a machine with a GPU.",
+        ]
+    if chosen.local_account_id:
+        lines += [
+            f"  Without key  {chosen.address}/v1/generate",
+            f"               from this machine; {chosen.local_account_id} pays.",
         ]
     if is_wildcard(chosen.host) and not (chosen.s3_endpoint_url or chosen.s3_public_url):
         lines += [
