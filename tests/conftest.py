@@ -47,12 +47,12 @@ import uvicorn  # noqa: E402
 from alembic.config import Config  # noqa: E402
 from PIL import Image  # noqa: E402
 from rq.serializers import JSONSerializer  # noqa: E402
-from sqlalchemy import text  # noqa: E402
+from sqlalchemy import func, select, text  # noqa: E402
 
 from api.app import create_app  # noqa: E402
 from storage import accounts, ledger, objects, queue, tasks  # noqa: E402
 from storage.database import engine, transaction  # noqa: E402
-from storage.models import Account, Base, ImageFormat, Task  # noqa: E402
+from storage.models import Account, Base, ImageFormat, LedgerEntry, Task  # noqa: E402
 from worker import generate  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
@@ -243,6 +243,29 @@ def drawing() -> Iterator[None]:
     thread.join()
 
 
+class Canvas:
+    """A pipeline that begins and then draws for ever, until its task is taken away."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+
+    def __call__(
+        self, *_: object, on_step: Callable[[int, int], None], **__: object
+    ) -> Image.Image:
+        self.begun.set()
+        while True:
+            on_step(1, 8)
+            threading.Event().wait(0.01)
+
+
+@pytest.fixture
+def canvas(drawing: None) -> Canvas:
+    """What the worker beside the test draws with instead of paint."""
+    canvas = Canvas()
+    generate.employ(generate.Worker("tester", canvas))
+    return canvas
+
+
 @pytest.fixture
 def submit() -> Callable[..., Task]:
     """Submit a task for a customer without HTTP, with its job."""
@@ -264,6 +287,16 @@ def submit() -> Callable[..., Task]:
         return outcome.tasks[0]
 
     return run
+
+
+def assert_untouched(customer: Customer, balance: int = 1500) -> None:
+    """Nothing was charged, reserved, written or enqueued for `customer`."""
+    assert customer.books() == (Decimal(balance), Decimal(0))
+    with transaction() as session:
+        assert session.scalar(select(func.count()).select_from(Task)) == 0
+        charges = select(func.count()).where(LedgerEntry.task_id.is_not(None))
+        assert session.scalar(charges) == 0
+    assert queue.count() == 0
 
 
 @contextmanager

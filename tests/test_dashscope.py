@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from urllib.request import urlopen
 import httpx
 import pytest
 from PIL import Image
-from sqlalchemy import func, select, update
+from sqlalchemy import select, update
 
 from api.dialects.dashscope import ERRORS, render_error
 from api.dialects.dashscope.routes import SYNC_TIMEOUT_S
@@ -30,13 +29,13 @@ from api.dialects.routing import BODY_MAX_BYTES
 from api.orders import DEADLINE_MARGIN_S
 from storage import accounts, errors, events, queue, tasks
 from storage.database import transaction
-from storage.models import LedgerEntry, Task, TaskStatus
+from storage.models import Task, TaskStatus
 from storage.settings import settings
-from tests.conftest import case
+from tests.conftest import assert_untouched, case
 from worker import generate
 
 if TYPE_CHECKING:
-    from tests.conftest import Customer, NewCustomer, Work
+    from tests.conftest import Canvas, Customer, NewCustomer, Work
 
     Submit = Callable[..., Task]
 
@@ -108,16 +107,6 @@ def refusal(answer: httpx.Response, status: int, code: str) -> str:
     return message
 
 
-def assert_untouched(customer: Customer, balance: int = 1500) -> None:
-    """Nothing was charged, reserved, written or enqueued for `customer`."""
-    assert customer.books() == (Decimal(balance), Decimal(0))
-    with transaction() as session:
-        assert session.scalar(select(func.count()).select_from(Task)) == 0
-        charges = select(func.count()).where(LedgerEntry.task_id.is_not(None))
-        assert session.scalar(charges) == 0
-    assert queue.count() == 0
-
-
 def download(url: str) -> Image.Image:
     """The PNG that anyone gets at `url`, as a plain GET without a key."""
     with urlopen(url) as answer:
@@ -136,29 +125,6 @@ def written(moment: datetime | None) -> str:
     """A time as a task query tells it."""
     assert moment is not None
     return moment.astimezone(BEIJING).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
-
-
-class Canvas:
-    """A pipeline that begins and then draws for ever, until its task is taken away."""
-
-    def __init__(self) -> None:
-        self.begun = threading.Event()
-
-    def __call__(
-        self, *_: object, on_step: Callable[[int, int], None], **__: object
-    ) -> Image.Image:
-        self.begun.set()
-        while True:
-            on_step(1, 8)
-            threading.Event().wait(0.01)
-
-
-@pytest.fixture
-def canvas(drawing: None) -> Canvas:
-    """What the worker beside the test draws with instead of paint."""
-    canvas = Canvas()
-    generate.employ(generate.Worker("tester", canvas))
-    return canvas
 
 
 def refusing(error: errors.ServiceError) -> Callable[..., Image.Image]:

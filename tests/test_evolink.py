@@ -21,15 +21,15 @@ from urllib.request import urlopen
 import httpx
 import pytest
 from PIL import Image
-from sqlalchemy import func, select, update
+from sqlalchemy import select, update
 
 from api.dialects import evolink
 from api.dialects.routing import BODY_MAX_BYTES
-from storage import accounts, errors, queue, tasks
+from storage import accounts, errors, tasks
 from storage.database import transaction
 from storage.errors import ServiceError
 from storage.models import Account, Delivery, Task
-from tests.conftest import case
+from tests.conftest import assert_untouched, case
 
 if TYPE_CHECKING:
     from tests.conftest import Customer, NewCustomer, Work
@@ -76,14 +76,6 @@ def refusal(answer: httpx.Response, status: int) -> dict[str, str]:
     assert set(error) - {"param"} == {"code", "message", "type"}
     assert all(type(value) is str for value in error.values())
     return error
-
-
-def assert_untouched(customer: Customer, balance: int = 1500) -> None:
-    """Nothing was charged, reserved, written or enqueued for `customer`."""
-    assert customer.books() == (Decimal(balance), Decimal(0))
-    with transaction() as session:
-        assert session.scalar(select(func.count()).select_from(Task)) == 0
-    assert queue.count() == 0
 
 
 def claim() -> tasks.Claim:

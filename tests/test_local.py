@@ -10,7 +10,6 @@ import base64
 import json
 import re
 import socket
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -21,18 +20,19 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 from PIL import Image
-from sqlalchemy import func, select
+from sqlalchemy import select
 
 from api.dialects import local
 from api.dialects.routing import BODY_MAX_BYTES
 from api.orders import DEADLINE_MARGIN_S
 from storage import accounts, errors, events, objects, queue
 from storage.database import transaction
-from storage.models import LedgerEntry, Task, TaskStatus
+from storage.models import Task, TaskStatus
+from tests.conftest import assert_untouched
 from worker import generate
 
 if TYPE_CHECKING:
-    from tests.conftest import Customer, NewCustomer
+    from tests.conftest import Canvas, Customer, NewCustomer
 
 GENERATE = "/v1/generate"
 CAT: dict[str, Any] = {"prompt": "一只橘猫坐在窗台晒太阳", "width": 64, "height": 64}
@@ -65,16 +65,6 @@ def refusal(answer: httpx.Response, status: int) -> str:
     assert answer.json() == {"detail": detail}
     assert detail
     return detail
-
-
-def assert_untouched(customer: Customer, balance: int = 1500) -> None:
-    """Nothing was charged, reserved, written or enqueued for `customer`."""
-    assert customer.books() == (Decimal(balance), Decimal(0))
-    with transaction() as session:
-        assert session.scalar(select(func.count()).select_from(Task)) == 0
-        charges = select(func.count()).where(LedgerEntry.task_id.is_not(None))
-        assert session.scalar(charges) == 0
-    assert queue.count() == 0
 
 
 def only_task() -> Task:
@@ -375,29 +365,6 @@ def test_too_many_at_once_and_too_many_in_a_minute_are_told_when_to_come_back(
 
 
 # --- While the line is held -----------------------------------------------------------------------
-
-
-class Canvas:
-    """A pipeline that begins and then draws for ever, until its task is taken away."""
-
-    def __init__(self) -> None:
-        self.begun = threading.Event()
-
-    def __call__(
-        self, *_: object, on_step: Callable[[int, int], None], **__: object
-    ) -> Image.Image:
-        self.begun.set()
-        while True:
-            on_step(1, 8)
-            threading.Event().wait(0.01)
-
-
-@pytest.fixture
-def canvas(drawing: None) -> Canvas:
-    """What the worker beside the test draws with instead of paint."""
-    canvas = Canvas()
-    generate.employ(generate.Worker("tester", canvas))
-    return canvas
 
 
 FAILURES: list[tuple[type[errors.ServiceError], int]] = [

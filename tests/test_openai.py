@@ -20,7 +20,7 @@ from urllib.request import urlopen
 import httpx
 import pytest
 from PIL import Image
-from sqlalchemy import func, select, update
+from sqlalchemy import select, update
 from structlog.testing import capture_logs
 
 from api.dialects.openai import stream
@@ -31,8 +31,8 @@ from api.orders import DEADLINE_MARGIN_S, CallerGone
 from storage import errors, queue, tasks
 from storage.database import transaction
 from storage.errors import GenerationFailed, ServiceError
-from storage.models import LedgerEntry, Task, TaskStatus
-from tests.conftest import Paint, case
+from storage.models import Task, TaskStatus
+from tests.conftest import Paint, assert_untouched, case
 
 if TYPE_CHECKING:
     from tests.conftest import Customer, NewCustomer, Work
@@ -71,16 +71,6 @@ def refusal(answer: httpx.Response, status: int, code: str, param: str | None = 
     assert error["message"]
     message: str = error["message"]
     return message
-
-
-def assert_untouched(customer: Customer, balance: int = 1500) -> None:
-    """Nothing was charged, reserved, written or enqueued for `customer`."""
-    assert customer.books() == (Decimal(balance), Decimal(0))
-    with transaction() as session:
-        assert session.scalar(select(func.count()).select_from(Task)) == 0
-        charges = select(func.count()).where(LedgerEntry.task_id.is_not(None))
-        assert session.scalar(charges) == 0
-    assert queue.count() == 0
 
 
 def statuses() -> list[TaskStatus]:

@@ -18,14 +18,14 @@ from urllib.request import urlopen
 import httpx
 import pytest
 from PIL import Image
-from sqlalchemy import func, select, update
+from sqlalchemy import update
 
 from api.dialects.routing import BODY_MAX_BYTES
-from storage import accounts, queue, tasks
+from storage import accounts, tasks
 from storage.database import transaction
 from storage.errors import GenerationFailed
-from storage.models import LedgerEntry, Task, TaskStatus
-from tests.conftest import case
+from storage.models import Task, TaskStatus
+from tests.conftest import assert_untouched, case
 
 if TYPE_CHECKING:
     from tests.conftest import Customer, NewCustomer, Work
@@ -68,16 +68,6 @@ def refusal(answer: httpx.Response, code: int) -> str:
     assert body["message"]
     message: str = body["message"]
     return message
-
-
-def assert_untouched(customer: Customer, balance: int = 1500) -> None:
-    """Nothing was charged, reserved, written or enqueued for `customer`."""
-    assert customer.books() == (Decimal(balance), Decimal(0))
-    with transaction() as session:
-        assert session.scalar(select(func.count()).select_from(Task)) == 0
-        charges = select(func.count()).where(LedgerEntry.task_id.is_not(None))
-        assert session.scalar(charges) == 0
-    assert queue.count() == 0
 
 
 def download(url: str) -> tuple[str, bytes]:
