@@ -104,7 +104,7 @@ async def draw(
     timeout_s: float,
     resends: bool = False,
 ) -> list[Task] | Quote:
-    """Submit `images`, all or none, and return the tasks when all have ended; `of` reads an end.
+    """Submit `images`, all or none, and return the tasks when all have ended; `image_of` reads it.
 
     `resends` says that a caller who hangs up comes again, so its tasks are left to be drawn.
 
