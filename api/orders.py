@@ -174,13 +174,19 @@ async def find(request: Request, caller: Credential, task_id: str) -> Task:
 
     Raises: TaskNotFound, ModelAccessDenied.
     """
+    task = await find_now(request, caller, task_id)
+    (task,) = await _as_preferred(request, caller, [task], preferences.read_wait(request))
+    return task
+
+
+async def find_now(request: Request, caller: Credential, task_id: str) -> Task:
+    """The caller's own task as it is. Raises: TaskNotFound, ModelAccessDenied."""
     if not tasks.is_id(task_id):
         raise TaskNotFound
     reads: Batcher[tuple[str, str], Task] = request.app.state.reads
     task = await reads.add((caller.account_id, task_id))
     if not caller.may_use(task.model):
         raise ModelAccessDenied(task.model)
-    (task,) = await _as_preferred(request, caller, [task], preferences.read_wait(request))
     return task
 
 
@@ -191,7 +197,7 @@ async def cancel(
 
     Raises: TaskNotFound, ModelAccessDenied, TaskEnded, NotPending.
     """
-    await find(request, caller, task_id)
+    await find_now(request, caller, task_id)
     return await run_in_threadpool(_cancel, task_id, caller.account_id, only_pending)
 
 
@@ -203,9 +209,7 @@ async def _submit(
     asked: Preferences,
     held_s: float | None = None,
 ) -> Submitted:
-    for model in {image.model for image in images}:
-        if not caller.may_use(model):
-            raise ModelAccessDenied(model)
+    _check_models(caller, images)
     deadlines_s = [asked.cancel_after_s, None if held_s is None else held_s + DEADLINE_MARGIN_S]
     submissions: Batcher[Submission, Submitted] = request.app.state.submissions
     submitted = await submissions.add(
@@ -242,9 +246,8 @@ async def _as_preferred(
 
 
 async def _quote(caller: Credential, images: Sequence[ImageRequest]) -> Quote:
+    _check_models(caller, images)
     account = await run_in_threadpool(_account, caller.account_id)
-    if not caller.may_use(images[0].model):
-        raise ModelAccessDenied(images[0].model)
     return Quote(
         model=images[0].model,
         images=len(images),
@@ -253,6 +256,13 @@ async def _quote(caller: Credential, images: Sequence[ImageRequest]) -> Quote:
         available=account.balance - account.reserved,
         estimated_s=await estimate.seconds_to_end(),
     )
+
+
+def _check_models(caller: Credential, images: Sequence[ImageRequest]) -> None:
+    """Raises: ModelAccessDenied."""
+    for model in {image.model for image in images}:
+        if not caller.may_use(model):
+            raise ModelAccessDenied(model)
 
 
 def _account(account_id: str) -> Account:

@@ -89,8 +89,6 @@ class Waiting:
                     for task_id in task_ids
                     if task_id not in found or not found[task_id].status.is_terminal
                 ]
-                if not unfinished:
-                    break
                 watch.moved.clear()
                 try:
                     looks = (self._reads.add((account_id, task_id)) for task_id in unfinished)

@@ -179,6 +179,17 @@ def test_cancelling_while_waiting_is_heard_at_once(customer: Customer) -> None:
     assert customer.books() == (Decimal(1500), Decimal(0))
 
 
+def test_who_prefers_to_wait_is_cancelled_and_followed_at_once(customer: Customer) -> None:
+    task_id = create(customer)
+    with following(customer, task_id, Prefer="wait=5") as stream:
+        assert next(stream)["status"] == "pending"
+
+        answer = customer.http.post(f"/v1/tasks/{task_id}/cancel", headers={"Prefer": "wait=5"})
+
+        assert "preference-applied" not in answer.headers
+        assert next(stream)["error"]["code"] == "request_cancelled"
+
+
 def test_a_task_that_is_cancelled_while_it_is_drawn_stops_at_a_step(
     customer: Customer, work: Work
 ) -> None:

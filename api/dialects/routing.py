@@ -27,6 +27,7 @@ from storage.errors import (
     PayloadTooLarge,
     ServiceError,
 )
+from storage.tasks import LIST_MAX
 
 BODY_MAX_BYTES = 400 * 1024
 """The longest prompt of any dialect, OpenAI's of 32 000 characters, is 384 000 bytes where each
@@ -183,6 +184,14 @@ def example(answer: dict[str, Any], *, streams: bool = False) -> dict[int | str,
     if streams:
         content["text/event-stream"] = {}
     return {200: {"content": content}}
+
+
+def offset(page: int, page_size: int, param: str) -> int:
+    """How many tasks of a list come before `page`. Raises: InvalidRequest: `param` is too deep."""
+    before = (page - 1) * page_size
+    if before >= LIST_MAX:
+        raise InvalidRequest(f"{param}: lists end after {LIST_MAX} tasks", param=param)
+    return before
 
 
 def drawable(prompt: str) -> str:

@@ -185,9 +185,7 @@ def list_tasks(
     task_id: str | None = None,
 ) -> Response:
     """Those that were created in a window of at most 24 hours, without one in the last 24."""
-    offset = (page_no - 1) * page_size
-    if offset >= tasks.LIST_MAX:
-        raise InvalidRequest(f"page_no: lists end after {tasks.LIST_MAX} tasks", param="page_no")
+    offset = routing.offset(page_no, page_size, "page_no")
     since, until = _window(start_time, end_time)
     rows: list[Task] = []
     total = 0

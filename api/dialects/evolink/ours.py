@@ -58,7 +58,7 @@ async def follow_task(request: Request, task_id: TaskId, caller: Caller) -> Resp
     so that whoever comes back misses nothing, then every change until the end.
     """
     check_form(task_id)
-    await orders.find(request, caller, task_id)
+    await orders.find_now(request, caller, task_id)
     waiting: Waiting = request.app.state.waiting
     return StreamingResponse(
         _stream(waiting, caller.account_id, task_id),

@@ -97,9 +97,7 @@ def list_tasks(
     page_size: Annotated[int, Query(ge=1, le=PAGE_SIZE_MAX)] = PAGE_SIZE_DEFAULT,
 ) -> Response:
     """`processing` has what is queued as well; no more than 10 000 tasks are counted or paged."""
-    offset = (page - 1) * page_size
-    if offset >= tasks.LIST_MAX:
-        raise errors.InvalidRequest(f"page: lists end after {tasks.LIST_MAX} tasks", param="page")
+    offset = routing.offset(page, page_size, "page")
     rows: list[Task] = []
     total = 0
     if type == "image" and caller.may_use(tasks.MODEL) and model in (None, tasks.MODEL):
