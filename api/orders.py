@@ -34,7 +34,6 @@ from storage.errors import (
     TaskNotFound,
 )
 from storage.models import Account, Task, TaskStatus
-from storage.settings import settings
 from storage.tasks import ImageRequest, Submission, Submitted
 
 DEADLINE_MARGIN_S = 5
@@ -218,7 +217,7 @@ async def _submit(
             api_key_id=caller.key_id,
             images=tuple(images),
             dialect=dialect,
-            price=settings.price_credits,
+            price=images[0].price,
             request_id=request.state.request_id,
             mark=idempotency.mark(request, request.state.body, caller),
             deadline_s=min((s for s in deadlines_s if s is not None), default=None),
@@ -251,7 +250,7 @@ async def _quote(caller: Credential, images: Sequence[ImageRequest]) -> Quote:
     return Quote(
         model=images[0].model,
         images=len(images),
-        price=settings.price_credits,
+        price=images[0].price,
         user_group=account.user_group,
         available=account.balance - account.reserved,
         estimated_s=await estimate.seconds_to_end(),

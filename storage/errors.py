@@ -182,6 +182,14 @@ class ResourceExhausted(ServiceError):
     """Not enough memory to draw this size. You were not charged; please try a smaller size."""
 
 
+class ContentRefused(ServiceError):
+    """The prompt or the image may contain inappropriate content. You were not charged."""
+
+
+class RewriteFailed(ServiceError):
+    """The prompt could not be rewritten. You were not charged; please try again."""
+
+
 class StorageUnavailable(ServiceError):
     """The image could not be stored. You were not charged; please try again later."""
 

@@ -10,7 +10,7 @@ Source: Goyal, Vin, Cheng, "Start-time Fair Queuing", SIGCOMM 1996.
 
 from collections.abc import Sequence
 
-from sqlalchemy import CTE, func, or_, select, text, update
+from sqlalchemy import CTE, ColumnElement, Select, func, or_, select, text, update
 from sqlalchemy.orm import Session
 
 from storage.models import FairClock, Task
@@ -38,11 +38,47 @@ def schedule(
     return tag, tag + cost / settings.group_weights.get(group, 1.0)
 
 
-def fairest(limit: int) -> CTE:
-    """The ids of the `limit` waiting tasks whose turn it is, locked for the caller.
+ALIKE_WINDOW = 64
+"""How far down the order is looked for tasks that can be drawn together with the first one."""
 
-    What another worker has locked is skipped: it is being claimed.
+
+def fairest(*, rewriting: bool = True) -> CTE:
+    """The id of the waiting task whose turn it is, locked for the caller.
+
+    What another worker has locked is skipped: it is being claimed. Without `rewriting` a task
+    whose prompt must be rewritten first is skipped as well.
     """
+    query = _waiting_in_order()
+    if not rewriting:
+        query = query.where(~_must_be_rewritten())
+    return query.limit(1).with_for_update(skip_locked=True).cte("fairest")
+
+
+def alike(task: Task, limit: int) -> CTE:
+    """The ids of at most `limit` waiting tasks of the size and steps of `task`, locked.
+
+    From the first ALIKE_WINDOW of the order only, so that a common size does not pass a rare one
+    by for long.
+    """
+    window = _waiting_in_order().limit(ALIKE_WINDOW).subquery()
+    return (
+        select(Task.id)
+        .where(
+            Task.id.in_(select(window.c.id)),
+            Task.status == text("'pending'"),
+            Task.width == task.width,
+            Task.height == task.height,
+            Task.steps == task.steps,
+            ~_must_be_rewritten(),
+        )
+        .order_by(Task.fair_tag, Task.id)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+        .cte("alike")
+    )
+
+
+def _waiting_in_order() -> Select[str]:
     return (
         select(Task.id)
         # The literal, not a parameter, is what lets a generic plan use the partial index.
@@ -51,10 +87,11 @@ def fairest(limit: int) -> CTE:
             or_(Task.deadline_at.is_(None), Task.deadline_at > func.clock_timestamp()),
         )
         .order_by(Task.fair_tag, Task.id)
-        .limit(limit)
-        .with_for_update(skip_locked=True)
-        .cte("fairest")
     )
+
+
+def _must_be_rewritten() -> ColumnElement[bool]:
+    return Task.prompt_extend & Task.rewritten_prompt.is_(None)
 
 
 def tick(session: Session, tag: float) -> None:

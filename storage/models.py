@@ -18,6 +18,7 @@ from sqlalchemy import (
     Numeric,
     Text,
     UniqueConstraint,
+    false,
     func,
     text,
 )
@@ -185,6 +186,11 @@ class Task(Base):
     """Denoising steps."""
     image_format: Mapped[ImageFormat]
     callback_url: Mapped[str | None]
+    prompt_extend: Mapped[bool] = mapped_column(server_default=false())
+    """Whether the prompt is rewritten before it is drawn."""
+    strict_moderation: Mapped[bool] = mapped_column(server_default=false())
+    allow_downscale: Mapped[bool] = mapped_column(server_default=false())
+    """Whether a smaller image will do where there is no memory for this one."""
 
     price: Mapped[Decimal]
     user_group: Mapped[str]
@@ -201,12 +207,28 @@ class Task(Base):
     worker: Mapped[str | None]
     lease_until: Mapped[datetime | None]
 
+    rewritten_prompt: Mapped[str | None]
+    """What is drawn instead of `prompt`; None until it is rewritten, or where that is not asked."""
+    reasoning: Mapped[str | None]
+    """What the rewriting model thought on the way to `rewritten_prompt`."""
+    rewrite_input_tokens: Mapped[int | None]
+    rewrite_output_tokens: Mapped[int | None]
+    """Those of the reasoning included."""
+    rewrite_reasoning_tokens: Mapped[int | None]
+    prompt_tokens: Mapped[int | None]
+    """Of what was to be drawn, with the turns of the chat around it; known once it is drawn."""
+    prompt_tokens_read: Mapped[int | None]
+    """How many of `prompt_tokens` the model read; the rest was cut off."""
+
     image_key: Mapped[str | None]
     image_url: Mapped[str | None]
     image_expires_at: Mapped[datetime | None]
     image_sha256: Mapped[str | None]
     """Of the file, in hexadecimal, so that whoever fetches it can see that it came whole."""
     image_size_bytes: Mapped[int | None]
+    image_width: Mapped[int | None]
+    """Of the file, in pixels; differs from `width` only where `allow_downscale` allowed it."""
+    image_height: Mapped[int | None]
     error_code: Mapped[str | None]
     """The name of a class in `storage.errors`."""
     error_message: Mapped[str | None]
@@ -214,6 +236,11 @@ class Task(Base):
     created_at: Mapped[datetime]
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
+
+    @property
+    def downscaled(self) -> bool:
+        """Whether the image is smaller than what was asked for."""
+        return self.image_width is not None and self.image_width < self.width
 
     @property
     def image_expired(self) -> bool:

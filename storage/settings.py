@@ -69,6 +69,10 @@ class StorageSettings(BaseSettings):
 
     price_credits: Decimal = Field(default=Decimal(15), ge=0, max_digits=18, decimal_places=6)
     """Credits per image; fixed on a task when it is submitted."""
+    prompt_extend_price_factor: Decimal = Field(
+        default=Decimal(2), ge=1, max_digits=9, decimal_places=3
+    )
+    """An image whose prompt is rewritten costs this many times `price_credits`."""
     unfinished_max: int = Field(default=1000, ge=1)
     """Unfinished tasks that a new account may have, unless its operator says otherwise."""
     group_weights: dict[str, Annotated[float, Field(gt=0)]] = {}

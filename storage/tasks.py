@@ -11,13 +11,13 @@ has a number; whoever holds an older one can change nothing.
 import re
 import secrets
 import string
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, insert, select, text, tuple_, update
+from sqlalchemy import CTE, ColumnElement, func, insert, select, text, tuple_, update
 from sqlalchemy.orm import Session
 
 from storage import deliveries, fairness, idempotency, ledger
@@ -72,6 +72,15 @@ class ImageRequest:
     aspect_ratio: str | None = None
     callback_url: str | None = None
     model: str = MODEL
+    prompt_extend: bool = False
+    strict_moderation: bool = False
+    allow_downscale: bool = False
+
+    @property
+    def price(self) -> Decimal:
+        """Credits that it costs."""
+        factor = settings.prompt_extend_price_factor if self.prompt_extend else 1
+        return settings.price_credits * factor
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +108,18 @@ class Submitted:
     tasks: list[Task]
     replayed: bool = False
     """Whether they were submitted before, by an earlier copy of the same request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rewrite:
+    """A prompt as a language model rewrote it, and what that took, in tokens of that model."""
+
+    text: str
+    reasoning: str
+    input_tokens: int
+    output_tokens: int
+    """Those of the reasoning included."""
+    reasoning_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +240,9 @@ def _row(
         "steps": request.steps,
         "image_format": request.image_format,
         "callback_url": request.callback_url,
+        "prompt_extend": request.prompt_extend,
+        "strict_moderation": request.strict_moderation,
+        "allow_downscale": request.allow_downscale,
         "price": submission.price,
         "user_group": user_group,
         "fair_tag": fair_tag,
@@ -227,15 +251,30 @@ def _row(
     }
 
 
-def claim_next(session: Session, worker: str) -> Task | None:
+def claim_next(session: Session, worker: str, *, rewriting: bool = True) -> Task | None:
     """Give `worker` the waiting task whose turn it is; None where nothing waits.
 
-    Guard and write are one statement, and what others are claiming is skipped.
+    Guard and write are one statement, and what others are claiming is skipped. Without `rewriting`
+    a task whose prompt must be rewritten first is passed over.
     """
-    fairest = fairness.fairest(limit=1)
-    task = session.scalar(
+    (task,) = _claim(session, worker, fairness.fairest(rewriting=rewriting)) or (None,)
+    if task is not None:
+        fairness.tick(session, task.fair_tag)
+    return task
+
+
+def claim_alike(session: Session, worker: str, task: Task, limit: int) -> list[Task]:
+    """Give `worker` at most `limit` waiting tasks that can be drawn together with `task`.
+
+    Virtual time does not move: whoever is drawn along costs those before it almost nothing.
+    """
+    return _claim(session, worker, fairness.alike(task, limit))
+
+
+def _claim(session: Session, worker: str, chosen: CTE) -> list[Task]:
+    claimed = session.scalars(
         update(Task)
-        .where(Task.id == fairest.c.id, Task.status.in_(BEFORE[TaskStatus.PROCESSING]))
+        .where(Task.id == chosen.c.id, Task.status.in_(BEFORE[TaskStatus.PROCESSING]))
         .values(
             status=TaskStatus.PROCESSING,
             attempt=Task.attempt + 1,
@@ -246,22 +285,52 @@ def claim_next(session: Session, worker: str) -> Task | None:
         .returning(Task)
         .execution_options(populate_existing=True)
     )
-    if task is not None:
-        fairness.tick(session, task.fair_tag)
-    return task
+    return sorted(claimed, key=lambda task: (task.fair_tag, task.id))
 
 
 def claim_of(task: Task) -> Claim:
     return Claim(task.id, task.attempt)
 
 
-def renew(session: Session, claim: Claim, progress: int) -> bool:
-    """Prolong the lease and note the progress in percent. False: the task is no longer theirs."""
+_RENEW = text("""
+    UPDATE tasks
+       SET lease_until = clock_timestamp() + make_interval(secs => :lease_s),
+           progress = greatest(tasks.progress, held.progress)
+      FROM unnest(CAST(:ids AS text[]), CAST(:attempts AS int[]), CAST(:progress AS int[]))
+           AS held(id, attempt, progress)
+     WHERE tasks.id = held.id AND tasks.attempt = held.attempt AND tasks.status = 'processing'
+    RETURNING tasks.id, tasks.attempt
+""")
+
+
+def renew(session: Session, progress: Mapping[Claim, int]) -> set[Claim]:
+    """Prolong the leases and note the progress of each, in percent.
+
+    Returns those that are still held; the others were cancelled, or their worker given up.
+    """
+    rows = session.execute(
+        _RENEW,
+        {
+            "lease_s": settings.lease_s,
+            "ids": [claim.task_id for claim in progress],
+            "attempts": [claim.attempt for claim in progress],
+            "progress": list(progress.values()),
+        },
+    )
+    return {Claim(*row) for row in rows}
+
+
+def note_rewrite(session: Session, claim: Claim, rewrite: Rewrite) -> bool:
+    """Keep what a prompt was rewritten to, so that nobody does it again. False: not theirs."""
     held = session.execute(
         update(Task)
         .where(*_held(claim))
         .values(
-            lease_until=from_now(settings.lease_s), progress=func.greatest(Task.progress, progress)
+            rewritten_prompt=rewrite.text,
+            reasoning=rewrite.reasoning,
+            rewrite_input_tokens=rewrite.input_tokens,
+            rewrite_output_tokens=rewrite.output_tokens,
+            rewrite_reasoning_tokens=rewrite.reasoning_tokens,
         )
         .returning(Task.id)
         .execution_options(synchronize_session=False)
@@ -276,8 +345,12 @@ def complete(
     image_key: str,
     image_sha256: str,
     image_size_bytes: int,
+    image_width: int,
+    image_height: int,
     image_url: str,
     expires_at: datetime,
+    prompt_tokens: int,
+    prompt_tokens_read: int,
 ) -> Task | None:
     """The image is stored: charge the task. None: the claim is no longer valid."""
     return _advance(
@@ -288,8 +361,12 @@ def complete(
         image_key=image_key,
         image_sha256=image_sha256,
         image_size_bytes=image_size_bytes,
+        image_width=image_width,
+        image_height=image_height,
         image_url=image_url,
         image_expires_at=expires_at,
+        prompt_tokens=prompt_tokens,
+        prompt_tokens_read=prompt_tokens_read,
     )
 
 

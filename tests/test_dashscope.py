@@ -240,6 +240,8 @@ FAILURES: dict[type[errors.ServiceError], tuple[str, str]] = {
     errors.ResourceExhausted: ("InternalError.Algo", "InternalError.Algo"),
     errors.StorageUnavailable: ("InternalError.Upload", "InternalError.Upload"),
     errors.WorkerLost: ("SystemError", "SystemError"),
+    errors.ContentRefused: ("DataInspectionFailed", "DataInspectionFailed"),
+    errors.RewriteFailed: ("RewriteFailed", "RewriteFailed"),
 }
 """What a drawing that fails is called: to a caller who is held, and on a task."""
 
@@ -1102,6 +1104,8 @@ OURS: dict[type[errors.ServiceError], tuple[int, str]] = {
     errors.ResourceExhausted: (500, "InternalError.Algo"),
     errors.StorageUnavailable: (500, "InternalError.Upload"),
     errors.WorkerLost: (500, "SystemError"),
+    errors.ContentRefused: (400, "DataInspectionFailed"),
+    errors.RewriteFailed: (500, "RewriteFailed"),
 }
 ARGUED: dict[errors.ServiceError, tuple[int, str, str]] = {
     errors.ModelAccessDenied("z-image-turbo"): (403, "Model.AccessDenied", "Model access denied."),

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from worker import loading
 from worker.demo import build as demo
-from worker.pipeline import TurboPipeline
 
 ROOT = Path(__file__).parent.parent
 
 DRAW = """
 import sys
 from pathlib import Path
-from worker.pipeline import TurboPipeline
+from worker import loading
 
-pipeline = TurboPipeline.load("demo", device="cpu", dtype="auto", cache_dir=Path(sys.argv[1]))
+pipeline = loading.load("demo", device="cpu", dtype="auto", cache_dir=Path(sys.argv[1]))
 print(pipeline("a cat", width=32, height=32, seed=1, on_step=lambda *_: None).size)
 """
 
@@ -134,8 +134,8 @@ def test_a_build_that_is_killed_leaves_nothing_that_could_be_taken_for_the_model
     assert killed.returncode == 9
     assert not (tmp_path / f"zimage-demo-{demo.RECIPE}").exists()
 
-    pipeline = TurboPipeline.load("demo", device="cpu", dtype="auto", cache_dir=tmp_path)
-    assert pipeline.is_demo
+    pipeline = loading.load("demo", device="cpu", dtype="auto", cache_dir=tmp_path)
+    assert pipeline.model == loading.DEMO
 
 
 def test_a_folder_that_holds_something_else_is_not_overwritten(tmp_path: Path) -> None:

@@ -46,9 +46,11 @@ def example(kind: type[ServiceError]) -> ServiceError:
 
 
 TASK_FAILURES = {
+    errors.ContentRefused,
     errors.GenerationFailed,
     errors.GenerationTimeout,
     errors.ResourceExhausted,
+    errors.RewriteFailed,
     errors.StorageUnavailable,
     errors.WorkerLost,
 }

@@ -157,7 +157,7 @@ def test_a_task_that_is_being_drawn_tells_its_progress(customer: Customer) -> No
     with transaction() as session:
         task = tasks.claim_next(session, "a worker")
         assert task is not None
-        tasks.renew(session, tasks.claim_of(task), progress=37)
+        tasks.renew(session, {tasks.claim_of(task): 37})
 
     assert query(customer, task_id) == waiting | {
         "status": "processing",
@@ -224,6 +224,8 @@ FAILURES = {
     errors.ResourceExhausted: "resource_exhausted",
     errors.StorageUnavailable: "service_unavailable",
     errors.WorkerLost: "service_error",
+    errors.ContentRefused: "content_policy_violation",
+    errors.RewriteFailed: "service_error",
 }
 """EvoLink's word for each way in which a task can fail."""
 
@@ -797,7 +799,7 @@ def test_a_task_that_is_being_drawn_is_cancelled_free_of_charge(customer: Custom
     assert answer.json()["error"]["code"] == "request_cancelled"
     assert customer.books() == (Decimal(1500), Decimal(0))
     with transaction() as session:
-        assert not tasks.renew(session, held, progress=50)
+        assert not tasks.renew(session, {held: 50})
 
 
 def test_a_finished_task_cannot_be_cancelled(customer: Customer, work: Work) -> None:

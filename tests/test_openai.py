@@ -364,6 +364,8 @@ ENDS: dict[type[ServiceError], tuple[int, str, bool]] = {
     errors.StorageUnavailable: (500, "storage_unavailable", True),
     errors.ResourceExhausted: (500, "resource_exhausted", False),
     errors.WorkerLost: (500, "worker_lost", False),
+    errors.ContentRefused: (400, "content_policy_violation", False),
+    errors.RewriteFailed: (500, "rewrite_failed", True),
     errors.GenerationTimeout: (504, "generation_timeout", False),
 }
 """For each end of a task: the answer, and whether the library is to send the request again."""

@@ -13,8 +13,10 @@ from PIL import Image, ImageStat
 from safetensors.torch import load_file
 
 from storage.errors import ResourceExhausted
+from worker import loading
 from worker.demo import build as demo
-from worker.pipeline import ModelUnavailable, TurboPipeline, choose
+from worker.loading import ModelUnavailable, choose
+from worker.pipeline import TurboPipeline
 
 CAT = "a red cat on the moon"
 
@@ -27,7 +29,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pipeline(models: Path) -> TurboPipeline:
-    return TurboPipeline.load("demo", device="cpu", dtype="float32", cache_dir=models)
+    return loading.load("demo", device="cpu", dtype="float32", cache_dir=models)
 
 
 @pytest.fixture
@@ -183,15 +185,14 @@ def test_auto_is_the_best_that_the_machine_has_and_anything_else_is_kept(
 def test_a_folder_draws_like_the_demo_it_was_copied_from(
     pipeline: TurboPipeline, copy: Path
 ) -> None:
-    loaded = TurboPipeline.load(str(copy), device="cpu", dtype="auto", cache_dir=copy)
+    loaded = loading.load(str(copy), device="cpu", dtype="auto", cache_dir=copy)
 
     assert draw(loaded).tobytes() == draw(pipeline).tobytes()
-    assert (pipeline.is_demo, loaded.is_demo) == (True, False)
     assert (loaded.model, loaded.device, loaded.dtype) == (str(copy), "cpu", "float32")
 
 
 def test_the_precision_asked_for_is_the_one_that_draws(pipeline: TurboPipeline, copy: Path) -> None:
-    loaded = TurboPipeline.load(str(copy), device="cpu", dtype="bfloat16", cache_dir=copy)
+    loaded = loading.load(str(copy), device="cpu", dtype="bfloat16", cache_dir=copy)
 
     assert loaded.dtype == "bfloat16"
     assert draw(loaded).tobytes() != draw(pipeline).tobytes()
@@ -210,7 +211,7 @@ def test_what_cannot_be_loaded_is_told_in_one_line(
 ) -> None:
     wanted = {"model": "demo", "device": "cpu", "dtype": "float32"} | asked
     with pytest.raises(ModelUnavailable, match=reason) as told:
-        TurboPipeline.load(**wanted, cache_dir=models)
+        loading.load(**wanted, cache_dir=models)
 
     assert "\n" not in str(told.value)
 
@@ -221,7 +222,7 @@ def test_weights_that_are_a_pickle_are_refused(copy: Path) -> None:
     weights.unlink()
 
     with pytest.raises(ModelUnavailable, match=r"as a folder.*safetensors"):
-        TurboPipeline.load(str(copy), device="cpu", dtype="auto", cache_dir=copy)
+        loading.load(str(copy), device="cpu", dtype="auto", cache_dir=copy)
 
 
 def test_a_folder_of_another_kind_of_model_is_refused(copy: Path) -> None:
@@ -231,7 +232,7 @@ def test_a_folder_of_another_kind_of_model_is_refused(copy: Path) -> None:
     shutil.copytree(copy / "vae", copy / "transformer", dirs_exist_ok=True)
 
     with pytest.raises(ModelUnavailable, match="is AutoencoderKL, not ZImageTransformer2DModel"):
-        TurboPipeline.load(str(copy), device="cpu", dtype="auto", cache_dir=copy)
+        loading.load(str(copy), device="cpu", dtype="auto", cache_dir=copy)
 
 
 def test_a_hub_that_does_not_answer_is_named_with_its_reason(
@@ -241,7 +242,7 @@ def test_a_hub_that_does_not_answer_is_named_with_its_reason(
     close_session()  # the hub's client reads the variable when it is made
     try:
         with pytest.raises(ModelUnavailable, match=r"'a/b'.* hub .*refused") as told:
-            TurboPipeline.load("a/b", device="cpu", dtype="auto", cache_dir=tmp_path)
+            loading.load("a/b", device="cpu", dtype="auto", cache_dir=tmp_path)
     finally:
         close_session()
 

@@ -150,7 +150,7 @@ def test_a_task_is_stopped_while_it_is_drawn_when_its_deadline_comes(customer: C
     assert repair.missed_deadlines() == 1
 
     with transaction() as session:
-        assert not tasks.renew(session, tasks.claim_of(task), progress=50)
+        assert not tasks.renew(session, {tasks.claim_of(task): 50})
     assert customer.task(sent["id"]).status is TaskStatus.CANCELLED
 
 

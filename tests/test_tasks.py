@@ -44,6 +44,10 @@ def complete(claim: Claim) -> Task | None:
             image_size_bytes=1,
             image_url="https://images/x.png",
             expires_at=datetime.now(UTC) + timedelta(hours=24),
+            image_width=64,
+            image_height=64,
+            prompt_tokens=9,
+            prompt_tokens_read=9,
         )
 
 
@@ -64,7 +68,7 @@ def lose(claim: Claim) -> Task | None:
 
 def renew(claim: Claim, progress: int = 0) -> bool:
     with transaction() as session:
-        return tasks.renew(session, claim, progress)
+        return claim in tasks.renew(session, {claim: progress})
 
 
 def cancel(task: Task, account_id: str | None = None) -> Task:

@@ -62,7 +62,7 @@ def claim() -> tasks.Claim:
 
 def progress(claim: tasks.Claim, percent: int) -> None:
     with transaction() as session:
-        assert tasks.renew(session, claim, percent)
+        assert tasks.renew(session, {claim: percent})
     events.publish_progress(claim.task_id)
 
 

@@ -18,7 +18,7 @@ from storage.database import transaction
 from storage.errors import GenerationTimeout, ResourceExhausted
 from storage.models import Task, TaskStatus
 from storage.settings import settings
-from worker import generate
+from worker import generate, loading
 from worker.pipeline import TurboPipeline
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Meanwhile:
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> TurboPipeline:
     folder: Path = tmp_path_factory.mktemp("models")
-    return TurboPipeline.load("demo", device="cpu", dtype="auto", cache_dir=folder)
+    return loading.load("demo", device="cpu", dtype="auto", cache_dir=folder)
 
 
 def test_the_real_pipeline_draws_what_was_asked_for(

@@ -37,22 +37,21 @@ def main() -> int:
         logger.warning("worker.image_store_away", error=str(error.__cause__))
 
     # Imported only now: torch takes seconds, and a broken setting should not wait for it.
-    from worker import generate
-    from worker.pipeline import ModelUnavailable, TurboPipeline
+    from worker import generate, loading
 
     try:
-        pipeline = TurboPipeline.load(
+        pipeline = loading.load(
             storage_settings.model,
             device=settings.device,
             dtype=settings.dtype,
             cache_dir=settings.data_dir / "models",
         )
-    except ModelUnavailable as error:
+    except loading.ModelUnavailable as error:
         sys.exit(str(error))
     logger.info(
         "worker.loaded", model=pipeline.model, device=pipeline.device, dtype=str(pipeline.dtype)
     )
-    if pipeline.is_demo:
+    if pipeline.model == loading.DEMO:
         logger.warning(
             "worker.demo_model", notice="random weights: it draws texture, not the prompt"
         )

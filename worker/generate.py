@@ -137,6 +137,10 @@ def _work(task: Task, claim: Claim, pipeline: Pipeline) -> None:
                 image_size_bytes=stored.size_bytes,
                 image_url=url,
                 expires_at=expires_at,
+                image_width=task.width,
+                image_height=task.height,
+                prompt_tokens=0,
+                prompt_tokens_read=0,
             )
         )
 
@@ -222,7 +226,7 @@ class Lease:
             progress = self._progress
             try:
                 with transaction() as session:
-                    held = tasks.renew(session, self._claim, progress)
+                    held = tasks.renew(session, {self._claim: progress})
             except ServiceUnavailable:
                 # Going on is safe: if the lease runs out meanwhile, the claim's number stops us.
                 logger.warning("task.not_renewed", task_id=self._claim.task_id)

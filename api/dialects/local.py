@@ -52,6 +52,7 @@ RETRY_AFTER_S = 5
 FORMATS = {"png": ImageFormat.PNG, "jpeg": ImageFormat.JPEG, "jpg": ImageFormat.JPEG}
 
 ERRORS: dict[type[errors.ServiceError], int] = {
+    errors.ContentRefused: 400,
     errors.Unauthenticated: 401,
     errors.InsufficientCredits: 402,
     errors.AccountSuspended: 403,
@@ -67,6 +68,7 @@ ERRORS: dict[type[errors.ServiceError], int] = {
     errors.TooManyUnfinished: 429,
     errors.GenerationFailed: 500,
     errors.InternalError: 500,
+    errors.RewriteFailed: 500,
     errors.ResourceExhausted: 503,
     errors.ServiceUnavailable: 503,
     errors.StorageUnavailable: 503,

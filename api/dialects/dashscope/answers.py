@@ -30,9 +30,11 @@ STATUSES = {
 UNKNOWN = "UNKNOWN"
 
 TASK_ERRORS = {
+    "ContentRefused": "DataInspectionFailed",
     "GenerationFailed": "InternalError.Algo",
     "GenerationTimeout": "InternalError.Timeout",
     "ResourceExhausted": "InternalError.Algo",
+    "RewriteFailed": "RewriteFailed",
     "StorageUnavailable": "InternalError.Upload",
     "WorkerLost": "SystemError",
 }

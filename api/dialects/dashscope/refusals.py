@@ -22,6 +22,7 @@ ERRORS: dict[type[errors.ServiceError], Row] = {
         "Arrearage",
         "Access denied, please make sure your account is in good standing.",
     ),
+    errors.ContentRefused: (400, TASK_ERRORS["ContentRefused"], None),
     errors.TaskEnded: (400, "UnsupportedOperation", NOT_CANCELLED),
     errors.NotPending: (400, "UnsupportedOperation", NOT_CANCELLED),
     errors.TaskCancelled: (400, "UnsupportedOperation", None),
@@ -47,6 +48,7 @@ ERRORS: dict[type[errors.ServiceError], Row] = {
     errors.GenerationFailed: (500, TASK_ERRORS["GenerationFailed"], None),
     errors.GenerationTimeout: (500, "RequestTimeOut", None),
     errors.ResourceExhausted: (500, TASK_ERRORS["ResourceExhausted"], None),
+    errors.RewriteFailed: (500, TASK_ERRORS["RewriteFailed"], None),
     errors.StorageUnavailable: (500, TASK_ERRORS["StorageUnavailable"], None),
     errors.WorkerLost: (500, TASK_ERRORS["WorkerLost"], None),
     errors.ServiceUnavailable: (

@@ -25,9 +25,11 @@ STATUSES = {
 }
 
 TASK_ERRORS = {
+    "ContentRefused": "content_policy_violation",
     "GenerationFailed": "service_error",
     "GenerationTimeout": "generation_timeout",
     "ResourceExhausted": "resource_exhausted",
+    "RewriteFailed": "service_error",
     "StorageUnavailable": "service_unavailable",
     "WorkerLost": "service_error",
 }

@@ -27,6 +27,7 @@ RATE, API = "rate_limit_error", "api_error"
 
 ERRORS: dict[type[errors.ServiceError], Row] = {
     errors.InvalidRequest: Row(400, "invalid_value"),
+    errors.ContentRefused: Row(400, "content_policy_violation"),
     errors.Unauthenticated: Row(401, "invalid_api_key", AUTHENTICATION),
     errors.InsufficientCredits: Row(402, "insufficient_quota", QUOTA),
     errors.AccountSuspended: Row(403, "account_suspended"),
@@ -45,6 +46,7 @@ ERRORS: dict[type[errors.ServiceError], Row] = {
     errors.GenerationFailed: Row(500, "generation_failed", API),
     # The same size needs the same memory.
     errors.ResourceExhausted: Row(500, "resource_exhausted", API, futile=True),
+    errors.RewriteFailed: Row(500, "rewrite_failed", API),
     errors.StorageUnavailable: Row(500, "storage_unavailable", API),
     # It was tried several times already, and may be what the workers die of.
     errors.WorkerLost: Row(500, "worker_lost", API, futile=True),
