@@ -3,6 +3,7 @@
 import re
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
@@ -125,7 +126,8 @@ async def health() -> Response:
 async def ready() -> Response:
     """503 unless the database, Redis and the image store answer.
 
-    Workers are counted but not required: a task may be submitted while none is there.
+    Workers are counted, also by what they do, but not required: a task may be submitted while none
+    is there.
     """
     looks: dict[str, Callable[[], Any]] = {
         "database": _look_at_database,
@@ -150,7 +152,8 @@ async def ready() -> Response:
         "checks": {name: "ok" if fine else "unreachable" for name, fine in checks.items()},
         "tasks_waiting": found["database"] if checks["database"] else None,
         "jobs_waiting": found["redis"][0] if checks["redis"] else None,
-        "workers": found["redis"][1] if checks["redis"] else None,
+        "workers": found["redis"][1].total() if checks["redis"] else None,
+        "workers_by_state": found["redis"][1] if checks["redis"] else None,
     }
     return JSON(answer, 200 if answer["ready"] else 503)
 
@@ -160,8 +163,10 @@ def _look_at_database() -> int:
         return fairness.waiting(session, at_most=DEPTH_MAX)
 
 
-def _look_at_redis() -> tuple[int, int]:
-    return queue.count(), queue.workers()
+def _look_at_redis() -> tuple[int, Counter[str]]:
+    """Jobs that wait, and how many workers there are in each state."""
+    found = queue.worker_facts()
+    return queue.count(), Counter(str(facts.get("state") or "unknown") for facts in found)
 
 
 async def _nothing_here(request: Request, error: Exception) -> Response:

@@ -4,6 +4,10 @@ A job says that one more task waits, not which: that is decided when a GPU is fr
 Losing one costs a delay, never a task: the repairs ring for what is still pending.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
 import structlog
 from redis import Redis
 from redis.backoff import ConstantBackoff
@@ -22,14 +26,17 @@ RING_MAX = 1000
 """Jobs in one round trip: the bound on one pipeline, and on what one repair rings."""
 FAILURE_TTL_S = 7 * 24 * 3600
 """How long RQ keeps a job that raised, with its traceback."""
-JOB_TIMEOUT_MARGIN_S = 60
-"""RQ's time limit is the last resort behind the task's own: it leaves time to store and settle."""
+JOB_TIMEOUT_S = 60
+"""A job only takes a task, which is not drawn in it: this ends a claim that hangs."""
 
 ANNOUNCE_S = 3
 """How often a worker says that it is alive."""
 HEARD_S = 10
 """For how long it is believed."""
 _WORKERS = "zimage:workers"
+"""Names, by the second in which each was heard of last."""
+_FACTS = "zimage:workers:facts"
+"""What each name tells of itself, as JSON."""
 
 logger = structlog.get_logger()
 
@@ -56,7 +63,7 @@ def ring(times: int) -> None:
     """
     job = Queue.prepare_data(
         GENERATE,
-        timeout=settings.task_timeout_s + JOB_TIMEOUT_MARGIN_S,
+        timeout=JOB_TIMEOUT_S,
         result_ttl=0,
         failure_ttl=FAILURE_TTL_S,
         description=GENERATE,
@@ -74,14 +81,23 @@ def count() -> int:
     return generate_queue.count
 
 
-def announce(worker: str) -> None:
-    """Tell that `worker` is alive. Raises: RedisError."""
-    connection.zadd(_WORKERS, {worker: _now_s()})
+def announce(worker: str, facts: Mapping[str, object]) -> None:
+    """Tell that `worker` is alive, and what operators may know of it. Raises: RedisError."""
+    # Better an odd fact than a worker unheard of.
+    told = orjson.dumps(dict(facts), default=str, option=orjson.OPT_NON_STR_KEYS)
+    now_s = _now_s()
+    with connection.pipeline() as both:
+        both.zadd(_WORKERS, {worker: now_s})
+        both.hset(_FACTS, worker, told)
+        both.execute()
 
 
 def withdraw(worker: str) -> None:
     """Tell that `worker` has stopped. Raises: RedisError."""
-    connection.zrem(_WORKERS, worker)
+    with connection.pipeline() as both:
+        both.zrem(_WORKERS, worker)
+        both.hdel(_FACTS, worker)
+        both.execute()
 
 
 def workers() -> int:
@@ -91,6 +107,31 @@ def workers() -> int:
     """
     connection.zremrangebyscore(_WORKERS, "-inf", _now_s() - HEARD_S)
     return connection.zcard(_WORKERS)
+
+
+def worker_facts() -> list[dict[str, Any]]:
+    """What those that `workers` counts tell of themselves, by name. Raises: RedisError.
+
+    A worker of another version may tell other things, or nothing: only `name` is always there.
+    """
+    now_s = _now_s()
+    with connection.pipeline() as look:
+        look.zremrangebyscore(_WORKERS, "-inf", now_s - HEARD_S)
+        look.zrange(_WORKERS, 0, -1)
+        look.hgetall(_FACTS)
+        _, heard_of, told = look.execute()
+    # One that comes back just now is without its facts until it announces itself again.
+    if forgotten := told.keys() - set(heard_of):
+        connection.hdel(_FACTS, *forgotten)
+    return [_facts(worker.decode(), told.get(worker, b"{}")) for worker in sorted(heard_of)]
+
+
+def _facts(worker: str, told: bytes) -> dict[str, Any]:
+    try:
+        return {**orjson.loads(told), "name": worker}
+    except (ValueError, TypeError) as error:
+        logger.warning("queue.worker_not_understood", worker=worker, error=str(error))
+        return {"name": worker}
 
 
 def _now_s() -> int:

@@ -1002,6 +1002,7 @@ ROUTES = [
     ("GET", "/admin/books"),
     ("GET", "/admin/tasks"),
     ("POST", "/admin/tasks/{task}/cancel"),
+    ("GET", "/admin/workers"),
 ]
 
 

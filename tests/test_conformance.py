@@ -87,11 +87,9 @@ OUR_BODY = Draft202012Validator(body_schema(DOCUMENT["paths"][EVOLINK_PATH]["pos
 REFUSED_BY_CHOICE: dict[str, Callable[[Any], bool]] = {
     "prompt": lambda prompt: not prompt.strip() or "\0" in prompt,
     "seed": lambda seed: isinstance(seed, float),  # 1.0 is an integer to JSON Schema
-    "nsfw_check": bool,
     "callback_url": lambda url: re.fullmatch(r"https://[!-~]+", url) is None,
 }
-"""What the document allows and we refuse, by field: nothing that a customer could mean, and what
-would be a promise that we do not keep."""
+"""What the document allows and we refuse, by field: nothing that a customer could mean."""
 
 
 def _every_member_required() -> dict[str, Any]:

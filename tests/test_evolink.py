@@ -188,9 +188,16 @@ def test_a_finished_task_has_one_link(customer: Customer, work: Work) -> None:
                 "seed": 12345,
                 "sha256": hashlib.sha256(image).hexdigest(),
                 "size_bytes": len(image),
+                "width": 1024,
+                "height": 1024,
             }
         ],
-        "usage": {"billing_rule": "per_call", "credits_used": 15},
+        "usage": {
+            "billing_rule": "per_call",
+            "credits_used": 15,
+            "prompt_tokens": done["usage"]["prompt_tokens"],
+            "prompt_tokens_read": done["usage"]["prompt_tokens_read"],
+        },
     }
     assert customer.books() == (Decimal(1485), Decimal(0))
 
@@ -247,8 +254,26 @@ def test_a_failed_task_is_answered_with_its_cause(
     assert customer.books() == (Decimal(1500), Decimal(0))
 
 
+def test_an_image_that_moderation_refuses_is_not_charged(customer: Customer, work: Work) -> None:
+    def refuse(*_: object, **__: object) -> Image.Image:
+        raise errors.ContentRefused
+
+    task_id = create(customer)
+    work(refuse)
+
+    done = query(customer, task_id)
+    assert done["status"] == "failed"
+    assert done["error"] == {
+        "code": "content_policy_violation",
+        "message": str(errors.ContentRefused()),
+        "type": "task_error",
+    }
+    assert customer.books() == (Decimal(1500), Decimal(0))
+
+
 def test_every_task_error_has_a_word_of_the_catalogue() -> None:
     catalogue = {
+        "content_policy_violation",
         "generation_failed_no_content",
         "service_error",
         "generation_timeout",
@@ -340,14 +365,17 @@ def test_no_seed_or_none_is_random(customer: Customer) -> None:
 
 
 def test_null_is_an_optional_field_that_was_not_sent(customer: Customer) -> None:
-    nothing = {"size": None, "seed": None, "nsfw_check": None, "callback_url": None}
+    nothing = dict.fromkeys(["size", "seed", "nsfw_check", "callback_url", "allow_downscale"])
     task = customer.task(create(customer, **nothing))
 
     assert (task.width, task.height) == (1024, 1024)
 
 
-def test_ordinary_moderation_may_be_asked_for(customer: Customer) -> None:
-    create(customer, nsfw_check=False)
+@pytest.mark.parametrize(("sent", "strict"), [(True, True), (False, False), (None, False)])
+def test_strict_moderation_is_asked_for_with_true(
+    customer: Customer, sent: bool | None, *, strict: bool
+) -> None:
+    assert customer.task(create(customer, nsfw_check=sent)).strict_moderation is strict
 
 
 def test_unknown_fields_are_ignored(customer: Customer) -> None:
@@ -389,6 +417,8 @@ REFUSED_FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
     "word as nsfw_check": ("nsfw_check", CAT | {"nsfw_check": "false"}),
     "number as nsfw_check": ("nsfw_check", CAT | {"nsfw_check": 0}),
     "number as callback_url": ("callback_url", CAT | {"callback_url": 5}),
+    "word as allow_downscale": ("allow_downscale", CAT | {"allow_downscale": "true"}),
+    "number as allow_downscale": ("allow_downscale", CAT | {"allow_downscale": 1}),
 }
 
 
@@ -406,17 +436,6 @@ def test_a_field_that_is_wrong_is_named_and_nothing_is_taken(customer: Customer)
             }
             assert error["message"].startswith(f"Invalid request parameters: {field}: ")
             assert_untouched(customer)
-
-
-def test_strict_moderation_is_refused_in_clear_words_not_quietly_left_out(
-    customer: Customer,
-) -> None:
-    answer = customer.http.post(CREATE, json=CAT | {"nsfw_check": True})
-
-    error = refusal(answer, 400)
-    assert error["param"] == "nsfw_check"
-    assert "not available" in error["message"]
-    assert_untouched(customer)
 
 
 REFUSED_BODIES = {

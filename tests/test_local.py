@@ -29,10 +29,9 @@ from storage import accounts, errors, events, objects, queue
 from storage.database import transaction
 from storage.models import Task, TaskStatus
 from tests.conftest import assert_untouched
-from worker import generate
 
 if TYPE_CHECKING:
-    from tests.conftest import Canvas, Customer, NewCustomer
+    from tests.conftest import Atelier, Canvas, Customer, NewCustomer
 
 GENERATE = "/v1/generate"
 CAT: dict[str, Any] = {"prompt": "一只橘猫坐在窗台晒太阳", "width": 64, "height": 64}
@@ -86,6 +85,8 @@ def test_the_answer_is_the_file_in_base64_and_what_it_shows(
         "width": 80,
         "height": 64,
         "format": "png",
+        "prompt_tokens": answer["prompt_tokens"],
+        "prompt_tokens_read": answer["prompt_tokens_read"],
     }
     assert re.fullmatch(r"[A-Za-z0-9+/]+={0,2}", answer["image"])
     assert len(answer["image"]) % 4 == 0
@@ -238,6 +239,8 @@ REFUSED: list[tuple[str, object, str]] = [
     ("output_format", "webp", "output_format: Input should be 'png', 'jpeg' or 'jpg'"),
     ("output_format", "PNG", "output_format: "),
     ("output_format", "", "output_format: "),
+    ("allow_downscale", "true", "allow_downscale: "),
+    ("allow_downscale", 1, "allow_downscale: "),
 ]
 
 
@@ -368,6 +371,7 @@ def test_too_many_at_once_and_too_many_in_a_minute_are_told_when_to_come_back(
 
 
 FAILURES: list[tuple[type[errors.ServiceError], int]] = [
+    (errors.ContentRefused, 400),
     (errors.GenerationFailed, 500),
     (errors.GenerationTimeout, 504),
     (errors.ResourceExhausted, 503),
@@ -376,12 +380,12 @@ FAILURES: list[tuple[type[errors.ServiceError], int]] = [
 
 @pytest.mark.parametrize(("kind", "status"), FAILURES)
 def test_an_image_that_cannot_be_drawn_is_an_error_and_costs_nothing(
-    customer: Customer, drawing: None, kind: type[errors.ServiceError], status: int
+    customer: Customer, drawing: Atelier, kind: type[errors.ServiceError], status: int
 ) -> None:
     def refuse(*_: object, **__: object) -> Image.Image:
         raise kind
 
-    generate.employ(generate.Worker("tester", refuse))
+    drawing.draw_with(refuse)
     answer = customer.http.post(GENERATE, json=CAT)
 
     assert refusal(answer, status) == str(kind())

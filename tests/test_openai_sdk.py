@@ -154,7 +154,7 @@ def test_an_image_can_be_fetched_and_has_the_pixels_that_were_asked_for(
     assert (answer.size, answer.output_format, answer.background) == ("512x256", "png", "opaque")
     assert (answer.quality, answer.safety_identifier) == ("high", "somebody")
     assert answer.usage is not None
-    assert answer.usage.total_tokens == 0
+    assert answer.usage.total_tokens == len("a cat")
     assert answer.created <= datetime.now(UTC).timestamp()
     with transaction() as session:
         assert answer._request_id == session.scalars(select(Task.request_id)).one()
@@ -186,7 +186,7 @@ def test_a_stream_is_one_completed_event_for_each_image(client: openai.OpenAI) -
         image = Image.open(BytesIO(base64.b64decode(event.b64_json)))
         assert (image.size, image.getpixel((0, 0))) == ((256, 256), (red, 0, 0))
         assert (event.size, event.output_format, event.quality) == (SIZE, "png", "auto")
-        assert event.usage.total_tokens == 0
+        assert event.usage.total_tokens == len("a cat")
 
 
 def test_a_failure_in_a_stream_is_raised_after_the_images(

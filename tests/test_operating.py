@@ -90,7 +90,8 @@ def test_ready_says_what_it_looked_at_and_what_waits(
 ) -> None:
     for _ in range(3):
         submit(customer)
-    queue.announce("a worker")
+    for name, state in (("a", "drawing"), ("b", "idle"), ("c", "idle")):
+        queue.announce(name, {"state": state, "model": "swordfish"})
 
     answer = anyone.get("/ready")
 
@@ -100,7 +101,8 @@ def test_ready_says_what_it_looked_at_and_what_waits(
         "checks": {"database": "ok", "redis": "ok", "s3": "ok"},
         "tasks_waiting": 3,
         "jobs_waiting": 3,
-        "workers": 1,
+        "workers": 3,
+        "workers_by_state": {"drawing": 1, "idle": 2},
     }
 
 
@@ -112,7 +114,8 @@ def test_ready_tells_tasks_from_their_jobs(
 
     body = anyone.get("/ready").json()
 
-    assert (body["tasks_waiting"], body["jobs_waiting"], body["workers"]) == (1, 0, 0)
+    assert (body["tasks_waiting"], body["jobs_waiting"]) == (1, 0)
+    assert (body["workers"], body["workers_by_state"]) == (0, {})
 
 
 def test_without_redis_it_lives_and_sells_but_is_not_ready(
@@ -123,6 +126,7 @@ def test_without_redis_it_lives_and_sells_but_is_not_ready(
         ready = http.get("/ready")
         limited = operator.http.post(f"/admin/accounts/{customer.id}/keys", json={}).json()["key"]
         sold = http.post("/api/generate", json=CAT, headers={"Authorization": f"Bearer {limited}"})
+        listed = http.get("/admin/workers", headers={"Authorization": f"Bearer {operator.key}"})
 
     assert health.status_code == 200
     assert ready.status_code == 503
@@ -132,7 +136,9 @@ def test_without_redis_it_lives_and_sells_but_is_not_ready(
         "tasks_waiting": 0,
         "jobs_waiting": None,
         "workers": None,
+        "workers_by_state": None,
     }
+    assert listed.status_code == 503
     assert sold.status_code == 200
     assert customer.task(sold.json()["data"]["task_id"]).account_id == customer.id
 

@@ -23,7 +23,7 @@ from sqlalchemy import update
 from api.dialects.routing import BODY_MAX_BYTES
 from storage import accounts, tasks
 from storage.database import transaction
-from storage.errors import GenerationFailed
+from storage.errors import ContentRefused, GenerationFailed, ServiceError
 from storage.models import Task, TaskStatus
 from tests.conftest import assert_untouched, case
 
@@ -154,6 +154,8 @@ def test_a_finished_task_has_one_link_and_what_it_cost(customer: Customer, work:
         "status": "SUCCESS",
         "response": done["response"],
         "consumed_credits": 15,
+        "prompt_tokens": done["prompt_tokens"],
+        "prompt_tokens_read": done["prompt_tokens_read"],
     }
     assert type(done["consumed_credits"]) is int
     assert [type(link) for link in done["response"]] == [str]
@@ -169,9 +171,12 @@ def test_created_at_is_utc_to_the_second(customer: Customer) -> None:
     assert before <= moment <= after
 
 
-def test_a_failed_task_says_why_and_costs_nothing(customer: Customer, work: Work) -> None:
+@pytest.mark.parametrize("kind", [GenerationFailed, ContentRefused])
+def test_a_failed_task_says_why_and_costs_nothing(
+    customer: Customer, work: Work, kind: type[ServiceError]
+) -> None:
     def refuse(*_: object, **__: object) -> Image.Image:
-        raise GenerationFailed
+        raise kind
 
     task_id = create(customer)
     waiting = status(customer, task_id)
@@ -179,7 +184,7 @@ def test_a_failed_task_says_why_and_costs_nothing(customer: Customer, work: Work
 
     assert status(customer, task_id) == waiting | {
         "status": "FAILED",
-        "error_message": str(GenerationFailed()),
+        "error_message": str(kind()),
     }
     assert customer.books() == (Decimal(1500), Decimal(0))
 
@@ -357,6 +362,8 @@ REFUSED_FIELDS: dict[str, tuple[str, dict[str, Any]]] = {
     "seed 1.0": ("seed", FOX | {"seed": 1.0}),
     "seed true": ("seed", FOX | {"seed": True}),
     "word as seed": ("seed", FOX | {"seed": "seven"}),
+    "word as allow_downscale": ("allow_downscale", FOX | {"allow_downscale": "true"}),
+    "number as allow_downscale": ("allow_downscale", FOX | {"allow_downscale": 1}),
     "seed in other digits": ("seed", FOX | {"seed": "７"}),
 }
 

@@ -1,4 +1,7 @@
-"""REST for operators. Errors are RFC 9457 problem details, lists are cursor pages, newest first."""
+"""REST for operators. Errors are RFC 9457 problem details, lists are cursor pages, newest first.
+
+Only the workers are listed at once and by name: there are as many as GPUs.
+"""
 
 import re
 from datetime import timedelta
@@ -6,6 +9,7 @@ from http import HTTPStatus
 from typing import Annotated
 
 from fastapi import APIRouter, Header
+from redis.exceptions import RedisError
 from starlette.responses import Response
 
 from api import cursors
@@ -13,7 +17,7 @@ from api.admin import shapes
 from api.answers import JSON, Problem
 from api.auth import Caller, admit_admin
 from api.dialects import routing
-from storage import accounts, errors, events, ledger, tasks
+from storage import accounts, errors, events, ledger, queue, tasks
 from storage.database import transaction
 from storage.models import TaskStatus
 
@@ -246,6 +250,22 @@ def cancel_task(task_id: str) -> Response:
         task = tasks.cancel(session, _id(task_id))
     events.publish(task)
     return JSON(shapes.render_task(task))
+
+
+# --- Workers ------------------------------------------------------------------------------------
+
+
+@router.get("/admin/workers", summary="List the workers")
+def list_workers() -> Response:
+    """Those that were heard of in the last seconds: what they draw with, on what, and how fast.
+
+    What one of another version does not tell is null.
+    """
+    try:
+        found = queue.worker_facts()
+    except RedisError as error:
+        raise errors.ServiceUnavailable from error
+    return JSON({"data": [shapes.render_worker(facts) for facts in found]})
 
 
 def _id(text: str) -> str:

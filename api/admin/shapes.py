@@ -1,5 +1,6 @@
 """What operators send, and what they are answered: fields that scripts rely on."""
 
+from collections.abc import Mapping
 from decimal import Decimal
 from typing import Annotated, Any
 
@@ -145,3 +146,27 @@ def render_task(task: Task) -> dict[str, Any]:
         "started_at": task.started_at,
         "finished_at": task.finished_at,
     }
+
+
+WORKER = (
+    "name",
+    "state",
+    "device",
+    "device_name",
+    "model",
+    "dtype",
+    "started_at",
+    "claimed",
+    "images_total",
+    "images_per_minute",
+    "memory_used_mb",
+    "memory_peak_mb",
+    "memory_total_mb",
+    "batch_limits",
+)
+"""What is shown of a worker, as it tells it itself: `state` is idle, drawing or stopping, `claimed`
+the number of tasks in its hands, `batch_limits` how many images it draws together."""
+
+
+def render_worker(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: facts.get(name) for name in WORKER}

@@ -9,9 +9,10 @@ Our choice, where it is silent or contradicts itself: only `prompt` is required;
 of 16, which the model needs, not of 64, since its own example sends 800; `seed` is at most
 2147483647; `detail` is always one sentence, and what is wrong with a request is 422;
 `negative_prompt` is taken and has no effect, as the model is drawn without guidance; a size that
-the GPU has no memory for is 503 and never a smaller image; `seed`, `width`, `height` and `format`
-in the answer; without a key, callers of this machine only, and only where the operator has named
-the account that pays (`api.auth.is_local`).
+the GPU has no memory for is 503, and a smaller image only with `allow_downscale`, which the answer
+then says as `downscaled`; `seed`, `format` and the file's `width` and `height` in the answer, and
+how many tokens the prompt has and how many of them were read; without a key, callers of this
+machine only, and only where the operator has named the account that pays (`api.auth.is_local`).
 """
 
 import base64
@@ -23,6 +24,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    StrictBool,
     StrictInt,
     StrictStr,
 )
@@ -39,7 +41,7 @@ from storage.models import ImageFormat
 NAME = "local"
 PATH = "/v1/generate"
 PROMPT_MAX_CHARACTERS = 2000
-"""The article names no limit; the model itself reads no further than 512 tokens."""
+"""The article names no limit; the model reads fewer, and the answer says how many."""
 SIDE_MIN_PX, SIDE_MAX_PX, SIDE_STEP_PX = 64, 2048, 16
 """The article recommends 512 to 1280, and more with much GPU memory; the model knows 2048."""
 SIDE_DEFAULT_PX = 1024
@@ -115,6 +117,9 @@ class DrawRequest(BaseModel):
     guidance_scale: Annotated[float, Field(strict=True), AfterValidator(_no_guidance)] | None = None
     seed: Annotated[StrictInt, Field(ge=0, le=SEED_MAX)] | None = None
     output_format: Literal["png", "jpeg", "jpg"] | None = None
+    allow_downscale: Annotated[
+        StrictBool | None, Field(description="Ours: a smaller image will do if memory is short")
+    ] = None
 
     def image(self) -> tasks.ImageRequest:
         """What is to be drawn."""
@@ -126,6 +131,7 @@ class DrawRequest(BaseModel):
             seed=self.seed,
             # The article's 9 ran 8 in its library; in ours it would be a ninth step.
             steps=min(self.num_inference_steps or tasks.STEPS, tasks.STEPS),
+            allow_downscale=bool(self.allow_downscale),
         )
 
 
@@ -150,6 +156,8 @@ router = routing.dialect_router(render_error, admit_local)
             "width": 768,
             "height": 768,
             "format": "png",
+            "prompt_tokens": 14,
+            "prompt_tokens_read": 14,
         }
     ),
 )
@@ -160,15 +168,19 @@ async def generate(request: Request, body: DrawRequest, caller: Caller) -> Respo
         return JSON(order.render())
     (task,) = order
     image = await orders.bytes_of(task)
-    return JSON(
-        {
-            "image": base64.b64encode(image).decode(),
-            "seed": task.seed,
-            "width": task.width,
-            "height": task.height,
-            "format": task.image_format,
-        }
-    )
+    answer = {
+        "image": base64.b64encode(image).decode(),
+        "seed": task.seed,
+        "width": task.image_width or task.width,
+        "height": task.image_height or task.height,
+        "format": task.image_format,
+    }
+    if task.downscaled:
+        answer["downscaled"] = True
+    if task.prompt_tokens is not None:
+        answer["prompt_tokens"] = task.prompt_tokens
+        answer["prompt_tokens_read"] = task.prompt_tokens_read
+    return JSON(answer)
 
 
 def routers() -> list[APIRouter]:

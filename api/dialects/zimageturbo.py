@@ -5,8 +5,9 @@ success bodies, the three status words, and the titles of 401, 402 and 429.
 
 Our choice, where it is silent: the pixels of each ratio; errors in the same envelope with `code`
 equal to the HTTP status; 400 for a prompt that is too long, not a silent cut; 404 for an unknown
-task; `size` and `seed` in the request, and the drawn `seed` in the status; an empty `response` with
-an `error_message` once the image has expired.
+task; `size`, `seed` and `allow_downscale` in the request; in the status the drawn `seed`, how many
+tokens the prompt has and how many of them were read, and, where a smaller image was drawn, its
+`size` beside `downscaled`; an empty `response` with an `error_message` once the image has expired.
 """
 
 import re
@@ -14,7 +15,15 @@ from datetime import UTC
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictStr
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictStr,
+)
 from starlette.responses import Response
 
 from api import orders
@@ -89,7 +98,10 @@ def _seed(seed: object) -> object:
 
 
 class GenerateRequest(BaseModel):
-    """The body of a create. `size` (wins over the ratio) and `seed` (-1: random) are extensions."""
+    """The body of a create.
+
+    `size` (wins over the ratio), `seed` (-1: random) and `allow_downscale` are extensions.
+    """
 
     model_config = ConfigDict(
         json_schema_extra={"example": {"prompt": "a red fox in the snow", "aspect_ratio": "16:9"}}
@@ -101,6 +113,7 @@ class GenerateRequest(BaseModel):
     aspect_ratio: Literal["1:1", "4:3", "3:4", "16:9", "9:16"]
     size: Annotated[StrictStr, AfterValidator(_size)] | None = None
     seed: Annotated[int, Field(ge=RANDOM_SEED, le=SEED_MAX), BeforeValidator(_seed)] | None = None
+    allow_downscale: StrictBool | None = None
 
     def pixels(self) -> tuple[int, int]:
         """Width and height."""
@@ -139,6 +152,7 @@ async def generate(request: Request, body: GenerateRequest, caller: Caller) -> R
         image_format=ImageFormat.JPEG,
         seed=None if body.seed == RANDOM_SEED else body.seed,
         aspect_ratio=body.aspect_ratio,
+        allow_downscale=bool(body.allow_downscale),
     )
     order = await orders.place(request, caller, [image], NAME)
     if isinstance(order, Quote):
@@ -165,6 +179,8 @@ async def generate(request: Request, body: GenerateRequest, caller: Caller) -> R
                 "created_at": "2025-09-06 13:23:51",
                 "error_message": None,
                 "seed": "1093847",
+                "prompt_tokens": 14,
+                "prompt_tokens_read": 14,
             },
         }
     ),
@@ -193,7 +209,7 @@ def render_task(task: Task) -> dict[str, Any]:
         message = "The task was cancelled. You were not charged."
     elif expired:
         message = "The image has expired and was deleted."
-    return {
+    data = {
         "status": STATUSES[task.status],
         "task_id": task.id,
         "request": asked,
@@ -203,6 +219,12 @@ def render_task(task: Task) -> dict[str, Any]:
         "error_message": message,
         "seed": str(task.seed),
     }
+    if task.downscaled:
+        data |= {"size": f"{task.image_width}*{task.image_height}", "downscaled": True}
+    if task.prompt_tokens is not None:
+        data["prompt_tokens"] = task.prompt_tokens
+        data["prompt_tokens_read"] = task.prompt_tokens_read
+    return data
 
 
 def _success(data: dict[str, Any]) -> Response:

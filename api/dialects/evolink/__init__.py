@@ -7,8 +7,10 @@ the list, the batch and idempotency (github.com/EvoLinkAI/evolink-mcp); read 202
 Our choice, where they are silent: what exactly is wrong follows the message of a 400; null is an
 optional field that was not sent; the pixels of the ratios and the default size; 404 for another
 account's task, whose existence is nobody's business; a cancelled task is `failed` with
-`request_cancelled`, which stays inside the documented status words; the drawn seed and the file's
-checksum in `result_data`; `results` is empty once the image has expired, and `results_expired` says
+`request_cancelled`, which stays inside the documented status words; the drawn seed, the file's
+checksum and its pixels in `result_data`; `allow_downscale` in the request, and `downscaled` in
+`result_data` where a smaller image was drawn; in `usage` how many tokens the prompt has and how
+many of them were read; `results` is empty once the image has expired, and `results_expired` says
 so; lists count no further than 10 000; a key has no credits of its own, so `token` shows the
 account's; 409 for `idempotency_conflict`; and everything in `ours`.
 """

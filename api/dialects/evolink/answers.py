@@ -75,16 +75,11 @@ def render_task(task: Task) -> dict[str, Any]:
     if task.status is TaskStatus.COMPLETED:
         links = [] if task.image_expired else [task.image_url]
         answer["results"] = links
-        answer["result_data"] = [
-            {
-                "image_url": link,
-                "seed": task.seed,
-                "sha256": task.image_sha256,
-                "size_bytes": task.image_size_bytes,
-            }
-            for link in links
-        ]
+        answer["result_data"] = [_render_image(task, link) for link in links]
         answer["usage"] = {"billing_rule": "per_call", "credits_used": task.price}
+        if task.prompt_tokens is not None:
+            answer["usage"]["prompt_tokens"] = task.prompt_tokens
+            answer["usage"]["prompt_tokens_read"] = task.prompt_tokens_read
         if not links:
             answer["results_expired"] = True
     elif task.status is TaskStatus.FAILED:
@@ -97,6 +92,18 @@ def render_task(task: Task) -> dict[str, Any]:
             "type": "task_error",
         }
     return answer
+
+
+def _render_image(task: Task, link: str | None) -> dict[str, Any]:
+    image = {
+        "image_url": link,
+        "seed": task.seed,
+        "sha256": task.image_sha256,
+        "size_bytes": task.image_size_bytes,
+        "width": task.image_width or task.width,
+        "height": task.image_height or task.height,
+    }
+    return image | ({"downscaled": True} if task.downscaled else {})
 
 
 def render_unfinished(task: Task, place: int | None, estimated_s: float) -> dict[str, Any]:

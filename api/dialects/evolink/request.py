@@ -41,15 +41,11 @@ def _size(size: str) -> str:
     return size
 
 
-def _no_strict_moderation(wanted: bool) -> bool:
-    # Accepting it without doing it would be worse than saying so.
-    if wanted:
-        raise ValueError("strict moderation is not available on this server; send false")
-    return wanted
-
-
 class GenerationRequest(BaseModel):
-    """The body of a create; unknown fields are ignored, as EvoLink's schema allows them."""
+    """The body of a create; unknown fields are ignored, as EvoLink's schema allows them.
+
+    `allow_downscale` is our extension.
+    """
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -63,8 +59,9 @@ class GenerationRequest(BaseModel):
     ]
     size: Annotated[StrictStr, AfterValidator(_size)] | None = None
     seed: Annotated[StrictInt, Field(ge=SEED_MIN, le=SEED_MAX)] | None = None
-    nsfw_check: Annotated[StrictBool, AfterValidator(_no_strict_moderation)] | None = None
+    nsfw_check: StrictBool | None = None
     callback_url: Annotated[StrictStr, Field(max_length=egress.URL_MAX_CHARACTERS)] | None = None
+    allow_downscale: StrictBool | None = None
 
     def pixels(self) -> tuple[int, int]:
         """Width and height."""
@@ -91,4 +88,6 @@ class GenerationRequest(BaseModel):
             aspect_ratio=self.size if self.size in SIZES else None,
             callback_url=self.callback_url,
             model=self.model,
+            strict_moderation=bool(self.nsfw_check),
+            allow_downscale=bool(self.allow_downscale),
         )

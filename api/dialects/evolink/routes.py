@@ -77,8 +77,20 @@ async def create(request: Request, body: GenerationRequest, caller: Caller) -> R
             "type": "image",
             "task_info": {"can_cancel": False},
             "results": ["https://images.example.com/x.png"],
-            "result_data": [{"image_url": "https://images.example.com/x.png", "seed": 7}],
-            "usage": {"billing_rule": "per_call", "credits_used": 15},
+            "result_data": [
+                {
+                    "image_url": "https://images.example.com/x.png",
+                    "seed": 7,
+                    "width": 1024,
+                    "height": 1024,
+                }
+            ],
+            "usage": {
+                "billing_rule": "per_call",
+                "credits_used": 15,
+                "prompt_tokens": 14,
+                "prompt_tokens_read": 14,
+            },
         }
     ),
 )

@@ -49,13 +49,14 @@ async def render_images(asked: ImagesRequest, found: Sequence[Task]) -> dict[str
 
 async def _render_image(asked: ImagesRequest, task: Task) -> dict[str, Any]:
     embedded = asked.response_format == "b64_json"
-    return {
+    image = {
         "url": None if embedded else orders.image_of(task),
         "b64_json": await _base64(task) if embedded else None,
         "revised_prompt": None,
         "seed": task.seed,
         "task_id": task.id,
     }
+    return image | ({"size": _size(task), "downscaled": True} if task.downscaled else {})
 
 
 async def render_completed(asked: ImagesRequest, task: Task) -> dict[str, Any]:
@@ -79,21 +80,35 @@ def render_model() -> dict[str, Any]:
 
 
 def _common(asked: ImagesRequest, drawn: Sequence[Task]) -> dict[str, Any]:
-    return {
+    smallest = min(drawn, key=lambda task: task.image_width or task.width)
+    common = {
         "background": "opaque",
         "output_format": drawn[0].image_format,
         "quality": asked.quality or "auto",
-        "size": f"{drawn[0].width}x{drawn[0].height}",
+        "size": _size(smallest),
         "safety_identifier": asked.safety_identifier or asked.user or None,
-        "usage": {
-            "input_tokens": 0,
-            "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
-            "output_tokens": 0,
-            "total_tokens": 0,
-            "billing_rule": "per_call",
-            "credits_used": sum(task.price for task in drawn),
-        },
+        "usage": _usage(drawn),
     }
+    return common | ({"downscaled": True} if smallest.downscaled else {})
+
+
+def _usage(drawn: Sequence[Task]) -> dict[str, Any]:
+    tokens = drawn[0].prompt_tokens or 0
+    usage = {
+        "input_tokens": tokens,
+        "input_tokens_details": {"image_tokens": 0, "text_tokens": tokens},
+        "output_tokens": 0,
+        "total_tokens": tokens,
+        "billing_rule": "per_call",
+        "credits_used": sum(task.price for task in drawn),
+    }
+    if drawn[0].prompt_tokens_read is not None:
+        usage["prompt_tokens_read"] = drawn[0].prompt_tokens_read
+    return usage
+
+
+def _size(task: Task) -> str:
+    return f"{task.image_width or task.width}x{task.image_height or task.height}"
 
 
 def _ended_at(task: Task) -> int:

@@ -11,7 +11,7 @@ from storage.models import ImageFormat
 from storage.tasks import SEED_MAX, ImageRequest
 
 PROMPT_MAX_CHARACTERS = 32_000
-"""OpenAI's; the model reads no more than the first 512 tokens."""
+"""OpenAI's; the model reads fewer, and the answer says how many."""
 N_MAX = 4
 """OpenAI's is 10; this many are as much as one call should hold up."""
 SIDE_MIN_PX, SIDE_MAX_PX = 256, 2048
@@ -54,6 +54,9 @@ class ImagesRequest(BaseModel):
     response_format: Literal["url", "b64_json"] | None = None
     output_format: Literal["png", "jpeg", "webp"] | None = None
     stream: StrictBool | None = None
+
+    # Ours.
+    allow_downscale: StrictBool | None = None
     seed: Annotated[StrictInt, Field(ge=0, le=SEED_MAX)] | None = None
 
     # Taken, and without effect.
@@ -87,6 +90,7 @@ class ImagesRequest(BaseModel):
                 image_format=ImageFormat(self.output_format or "png"),
                 # After the last seed comes the first.
                 seed=None if self.seed is None else (self.seed + index) % (SEED_MAX + 1),
+                allow_downscale=bool(self.allow_downscale),
             )
             for index in range(self.n or 1)
         ]

@@ -35,12 +35,13 @@ models_router = routing.dialect_router(render_error, admit_read)
             "size": "1024x1024",
             "safety_identifier": None,
             "usage": {
-                "input_tokens": 0,
-                "input_tokens_details": {"image_tokens": 0, "text_tokens": 0},
+                "input_tokens": 14,
+                "input_tokens_details": {"image_tokens": 0, "text_tokens": 14},
                 "output_tokens": 0,
-                "total_tokens": 0,
+                "total_tokens": 14,
                 "billing_rule": "per_call",
                 "credits_used": 15,
+                "prompt_tokens_read": 14,
             },
             "data": [
                 {
@@ -56,7 +57,7 @@ models_router = routing.dialect_router(render_error, admit_read)
     ),
 )
 async def generate(request: Request, body: ImagesRequest, caller: Caller) -> Response:
-    """Answers when the images are there. `seed` is our extension."""
+    """Answers when the images are there. `seed` and `allow_downscale` are our extensions."""
     if body.model not in (None, tasks.MODEL):
         raise model_not_found(body.model)
     body.check_stream()
