@@ -5,11 +5,11 @@ BIN := .venv/bin
 EXTRAS := worker,local,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help up test lint check format lock clean
+.PHONY: help up test lint check format lock clean bench-waiting bench-worker bench-gpu
 
 help: ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1 /p' Makefile | \
-		while read -r name text; do printf '  make %-8s %s\n' "$$name" "$$text"; done
+	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | \
+		while read -r name text; do printf '  make %-14s %s\n' "$$name" "$$text"; done
 
 up: .venv/installed ## Run the whole service here until Ctrl-C
 	@$(BIN)/python -m deploy.local
@@ -25,6 +25,15 @@ lint: .venv/installed ## Check format, rules, types and who imports whom
 	@$(BIN)/lint-imports
 
 check: lint test ## Everything that must hold before a commit
+
+bench-waiting: .venv/installed ## Measure what callers who wait cost the others
+	@$(BIN)/python -m benchmarks.waiting
+
+bench-worker: .venv/installed ## Measure what a worker adds to the time of its GPU
+	@$(BIN)/python -m benchmarks.worker
+
+bench-gpu: .venv/installed ## Measure the full-size model with random weights, on a GPU
+	@$(BIN)/python -m benchmarks.gpu
 
 format: .venv/installed ## Write the code as `lint` wants it, where that needs no thought
 	@$(BIN)/ruff format .

@@ -5,7 +5,8 @@ An event may be lost, and whoever misses it finds the same in the row a little l
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import asdict, dataclass
 
 import structlog
@@ -17,6 +18,10 @@ from storage.models import Task, TaskStatus
 from storage.settings import settings
 
 CHANNEL = "zimage:tasks"
+CANCELLED = "zimage:cancelled"
+"""Besides CHANNEL, for workers: they need not read what moves elsewhere."""
+LISTEN_S = 0.5
+"""How often a worker that listens looks whether it shall stop."""
 STOP_AGAIN_S = 0.1
 
 logger = structlog.get_logger()
@@ -35,6 +40,8 @@ class Event:
 
 def publish(task: Task) -> None:
     """Tell that `task` moved. Failing to is logged, not raised."""
+    if task.status is TaskStatus.CANCELLED:
+        _tell(CANCELLED, task.id, task.id)
     _publish(
         Event(
             task.id,
@@ -56,10 +63,27 @@ def publish_progress(task_id: str) -> None:
 
 
 def _publish(event: Event) -> None:
+    _tell(CHANNEL, json.dumps(asdict(event)), event.task_id)
+
+
+def _tell(channel: str, message: str, task_id: str | None) -> None:
     try:
-        queue.connection.publish(CHANNEL, json.dumps(asdict(event)))
+        queue.connection.publish(channel, message)
     except RedisError as error:
-        logger.warning("events.publish_failed", task_id=event.task_id, error=str(error))
+        logger.warning("events.publish_failed", task_id=task_id, error=str(error))
+
+
+def cancelled(stopped: threading.Event) -> Iterator[str]:
+    """The ids of tasks as they are cancelled, from now on until `stopped` is set.
+
+    Raises: RedisError, when the connection is lost.
+    """
+    with queue.connect() as client, client.pubsub(ignore_subscribe_messages=True) as channel:
+        channel.subscribe(CANCELLED)
+        while not stopped.is_set():
+            message = channel.get_message(timeout=LISTEN_S)
+            if message is not None:
+                yield message["data"].decode()
 
 
 async def listen() -> AsyncIterator[Event]:

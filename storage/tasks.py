@@ -288,6 +288,11 @@ def _claim(session: Session, worker: str, chosen: CTE) -> list[Task]:
     return sorted(claimed, key=lambda task: (task.fair_tag, task.id))
 
 
+def must_be_rewritten(task: Task) -> bool:
+    """Whether its prompt waits for a language model."""
+    return task.prompt_extend and task.rewritten_prompt is None
+
+
 def claim_of(task: Task) -> Claim:
     return Claim(task.id, task.attempt)
 

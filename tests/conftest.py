@@ -6,7 +6,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
@@ -38,6 +38,7 @@ os.environ.update(
     ZIMAGE_CALLBACK_CA_FILE=str(_folder / "ca.pem"),
     ZIMAGE_GROUP_WEIGHTS='{"heavy": 3}',
     ZIMAGE_LEASE_S="2",
+    ZIMAGE_STORE_TIMEOUT_S="0.5",
     ZIMAGE_MODEL="demo",
 )
 
@@ -53,7 +54,10 @@ from api.app import create_app  # noqa: E402
 from storage import accounts, ledger, objects, queue, tasks  # noqa: E402
 from storage.database import engine, transaction  # noqa: E402
 from storage.models import Account, Base, ImageFormat, LedgerEntry, Task  # noqa: E402
-from worker import generate  # noqa: E402
+from worker import generate, moderation  # noqa: E402
+from worker.drawing import Drawing, Picture, Pipeline, Reading, Rewriter  # noqa: E402
+from worker.settings import settings  # noqa: E402
+from worker.stages import Worker  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -197,6 +201,69 @@ class Paint:
         return Image.new("RGB", (width, height), colour)
 
 
+DrawOne = Callable[..., Image.Image]
+
+
+class OneByOne:
+    """The pipeline of a function that draws one image and knows no batches.
+
+    It is called with the prompt and `width`, `height`, `seed`, `steps`, and an `on_step` of
+    (done, steps); what it raises is the drawing's end.
+    """
+
+    def __init__(self, draw_one: DrawOne) -> None:
+        self._draw_one = draw_one
+
+    def read(self, prompt: str) -> Reading:
+        tokens = tuple(prompt.encode())
+        return Reading(tokens, len(tokens))
+
+    def batch_max(self, width: int, height: int, steps: int) -> int:
+        return 1
+
+    def draw(self, drawings: Sequence[Drawing]) -> list[Picture | BaseException]:
+        return [self._drawn(drawing) for drawing in drawings]
+
+    def _drawn(self, drawing: Drawing) -> Picture | BaseException:
+        try:
+            image = self._draw_one(
+                bytes(drawing.reading.tokens).decode(),
+                width=drawing.width,
+                height=drawing.height,
+                seed=drawing.seed,
+                steps=drawing.steps,
+                on_step=lambda done, steps: drawing.on_step(done),
+            )
+        except BaseException as error:
+            return error
+        return lambda: image
+
+
+def pipeline_of(drawn_by: Pipeline | DrawOne) -> Pipeline:
+    return OneByOne(drawn_by) if callable(drawn_by) else drawn_by
+
+
+def employ(
+    pipeline: Pipeline | DrawOne,
+    *,
+    name: str = "tester",
+    rewriter: Rewriter | None = None,
+    rewrites_max: int = 1,
+) -> Worker:
+    """Let a worker with `pipeline` do the jobs of this process; whoever calls this closes it."""
+    worker = Worker(
+        name,
+        pipeline_of(pipeline),
+        moderation=MODERATION,
+        rewriter=rewriter,
+        rewrites_max=rewrites_max,
+    )
+    generate.employ(worker)
+    return worker
+
+
+MODERATION = moderation.of_settings(settings, device="cpu")
+
 Work = Callable[..., None]
 
 
@@ -205,20 +272,26 @@ def work() -> Work:
     """Do what is enqueued as a worker would, with `pipeline`, at most `max_jobs` of it."""
 
     def run(
-        pipeline: generate.Pipeline | None = None,
+        pipeline: Pipeline | DrawOne | None = None,
         *,
         max_jobs: int | None = None,
         name: str = "tester",
+        rewriter: Rewriter | None = None,
     ) -> None:
-        generate.employ(generate.Worker(name, pipeline or Paint()))
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         connection = queue.connect()
+        worker = employ(pipeline or Paint(), name=name, rewriter=rewriter)
         try:
-            worker = generate.JobLoop(
-                [queue.NAME], connection=connection, serializer=JSONSerializer
-            )
-            worker.work(burst=True, max_jobs=max_jobs, logging_level="WARNING")
+            while True:
+                loop = generate.JobLoop(
+                    [queue.NAME], connection=connection, serializer=JSONSerializer
+                )
+                loop.work(burst=True, max_jobs=max_jobs, logging_level="WARNING")
+                worker.drain()  # whatever fails on the way may ring again
+                if max_jobs is not None or queue.count() == 0:
+                    break
         finally:
+            worker.close()
             connection.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -226,21 +299,36 @@ def work() -> Work:
     return run
 
 
+class Atelier:
+    """A worker beside the test, which draws whatever is submitted until it is closed."""
+
+    def __init__(self, pipeline: Pipeline | DrawOne) -> None:
+        self._worker = employ(pipeline)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work_until_closed)
+        self._thread.start()
+
+    def draw_with(self, pipeline: Pipeline | DrawOne) -> None:
+        """Draw with another pipeline from the next task on."""
+        self._worker.pipeline = pipeline_of(pipeline)
+
+    def close(self) -> None:
+        self._closing.set()
+        self._thread.join()
+        self._worker.close()
+
+    def _work_until_closed(self) -> None:
+        while not self._closing.wait(0.01):
+            if self._worker.wait_until_wanted(0.01):
+                self._worker.take()
+
+
 @pytest.fixture
-def drawing() -> Iterator[None]:
+def drawing() -> Iterator[Atelier]:
     """A worker beside the test, which draws whatever is submitted until the test ends."""
-    generate.employ(generate.Worker("tester", Paint()))
-    ended = threading.Event()
-
-    def draw_all() -> None:
-        while not ended.wait(0.01):
-            generate.run()
-
-    thread = threading.Thread(target=draw_all)
-    thread.start()
-    yield
-    ended.set()
-    thread.join()
+    atelier = Atelier(Paint())
+    yield atelier
+    atelier.close()
 
 
 class Canvas:
@@ -259,10 +347,10 @@ class Canvas:
 
 
 @pytest.fixture
-def canvas(drawing: None) -> Canvas:
+def canvas(drawing: Atelier) -> Canvas:
     """What the worker beside the test draws with instead of paint."""
     canvas = Canvas()
-    generate.employ(generate.Worker("tester", canvas))
+    drawing.draw_with(canvas)
     return canvas
 
 

@@ -1,94 +1,115 @@
 """`python -m worker`: load the pipeline once, then take jobs in this process until told to stop.
 
-The first SIGTERM or SIGINT lets the task at hand be finished, the second hands it back.
+The first SIGTERM or SIGINT lets what was claimed be finished, the second hands it back. With
+several devices there is a process for each of them. `python -m worker doctor` needs no servers.
 """
 
+import argparse
 import os
 import secrets
 import socket
 import sys
-import threading
-from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
 
 import structlog
-from redis.exceptions import RedisError
-from rq.serializers import JSONSerializer
-
-from storage import objects, queue
-from storage.errors import StorageUnavailable
-from storage.logs import configure
-from storage.settings import settings as storage_settings
-from worker.settings import settings
-
-RQ_TTL_S = 30
-"""Bounds how long RQ waits for a job before it looks around, and how long it believes in us."""
 
 logger = structlog.get_logger()
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m worker", description=__doc__)
+    parser.add_argument("command", nargs="?", choices=["run", "doctor"], default="run")
+    parser.add_argument(
+        "--devices", help="auto, all, or names with commas between them; default: ZIMAGE_DEVICE"
+    )
+    asked = parser.parse_args()
+    if asked.command == "doctor":
+        from worker import doctor
+
+        return doctor.main()
+
+    from storage import objects
+    from storage.errors import StorageUnavailable
+    from storage.logs import configure
+    from worker import devices
+    from worker.settings import settings
+
     configure("worker")
-    name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
     try:
         objects.check()
     except objects.TemporaryCredentials as error:
         sys.exit(str(error))
     except StorageUnavailable as error:
         logger.warning("worker.image_store_away", error=str(error.__cause__))
+    names = devices.resolve_devices(asked.devices or settings.device)
+    if len(names) > 1:
+        return devices.run_all(names)
+    return draw_on(names[0])
+
+
+def draw_on(device: str) -> int:
+    """Load the model on `device` and take jobs until told to stop. Returns the exit status."""
+    from storage.settings import settings as storage_settings
 
     # Imported only now: torch takes seconds, and a broken setting should not wait for it.
-    from worker import generate, loading
+    from worker import generate, loading, marking, moderation, prompt_extend
+    from worker.settings import settings
+    from worker.stages import Worker
 
     try:
+        device, _ = loading.choose_here(device, settings.dtype)
+        moderator = moderation.of_settings(settings, device=device)
+        marking.of_settings(settings)
         pipeline = loading.load(
             storage_settings.model,
-            device=settings.device,
+            device=device,
             dtype=settings.dtype,
             cache_dir=settings.data_dir / "models",
+            switches=loading.switches_of(settings),
         )
-    except loading.ModelUnavailable as error:
+    except (
+        loading.ModelUnavailable,
+        marking.LabelUnusable,
+        moderation.RulesUnusable,
+        ValueError,
+    ) as error:
         sys.exit(str(error))
-    logger.info(
-        "worker.loaded", model=pipeline.model, device=pipeline.device, dtype=str(pipeline.dtype)
-    )
+    about = {"model": pipeline.model, "device": device, "dtype": pipeline.dtype}
+    logger.info("worker.loaded", **about)
     if pipeline.model == loading.DEMO:
         logger.warning(
             "worker.demo_model", notice="random weights: it draws texture, not the prompt"
         )
+    for timing in pipeline.warm_up(loading.warmup_sizes(settings, device), settings.batch_max):
+        logger.info("worker.warmed_up", **asdict(timing))
 
-    generate.employ(generate.Worker(name, pipeline))
-    stopped = threading.Event()
-    announcer = threading.Thread(target=_announce, args=(name, stopped), daemon=True)
-    announcer.start()
-    # A client of its own: RQ sets a socket timeout on it that suits its blocking wait.
-    connection = queue.connect()
-    worker = generate.JobLoop(
-        [queue.NAME],
-        name=name,
-        connection=connection,
-        serializer=JSONSerializer,
-        worker_ttl=RQ_TTL_S,
+    name = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
+    started_at = datetime.now(UTC).isoformat(timespec="seconds")
+    worker = Worker(
+        name,
+        pipeline,
+        moderation=moderator,
+        rewriter=prompt_extend.of_settings(
+            settings, pipeline.text_encoder, pipeline.tokenizer, pipeline.weights_lock
+        ),
+        rewrites_max=prompt_extend.concurrency(settings),
     )
-    worker.work(logging_level="WARNING")
-    stopped.set()
-    announcer.join(queue.ANSWER_TIMEOUT_S)
+
+    def facts() -> dict[str, object]:
+        memory = {f"memory_{what}_mb": mb for what, mb in pipeline.memory_mb().items()}
+        limits = {f"{w}x{h}": most for (w, h), most in pipeline.batch_limits.items()}
+        return {
+            **about,
+            **memory,
+            "device_name": loading.device_name(device),
+            "batch_limits": limits,
+            "started_at": started_at,
+        }
+
+    generate.serve(worker, facts)
     logger.info("worker.stopped")
     return 0
-
-
-def _announce(name: str, stopped: threading.Event) -> None:
-    """Tell every few seconds that this worker is there."""
-    while not stopped.is_set():
-        _tell(queue.announce, name)
-        stopped.wait(queue.ANNOUNCE_S)
-    _tell(queue.withdraw, name)
-
-
-def _tell(tell: Callable[[str], None], name: str) -> None:
-    try:
-        tell(name)
-    except RedisError as error:
-        logger.warning("worker.not_announced", error=str(error))
 
 
 if __name__ == "__main__":

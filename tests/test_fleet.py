@@ -1,0 +1,95 @@
+"""Several worker processes: one hangs, one is killed, and every task ends right all the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+from sqlalchemy import select
+
+from storage import queue
+from storage.database import transaction
+from storage.models import Task, TaskStatus
+from tests.test_processes import all_completed, charged, process, statuses, wait_until
+from worker.stages import EXIT_HUNG
+
+if TYPE_CHECKING:
+    from tests.conftest import Customer
+
+    Submit = Callable[..., Task]
+
+
+@contextmanager
+def sleeper(*arguments: str, **env: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A worker whose pipeline only sleeps."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.sleeper", *arguments], env=os.environ | env
+    )
+    try:
+        yield child
+    finally:
+        if child.poll() is None:
+            child.send_signal(signal.SIGTERM)
+        child.wait()
+
+
+def test_a_hung_gpu_ends_its_worker_and_its_task_is_drawn_elsewhere(
+    customer: Customer, submit: Submit
+) -> None:
+    submitted = [submit(customer) for _ in range(2)]
+    with sleeper("--step-s", "0.01", "--hang-at", "3", ZIMAGE_STEP_TIMEOUT_S="1") as hung:
+        assert hung.wait() == EXIT_HUNG
+    # Given back by the process itself, before any lease ran out.
+    assert statuses() == [TaskStatus.PENDING] * 2
+
+    with sleeper("--step-s", "0.01"):
+        wait_until(all_completed(2))
+
+    assert charged() == sorted(task.id for task in submitted)
+    assert customer.books() == (1470, 0)
+    with transaction() as session:
+        assert session.scalars(select(Task.losses).order_by(Task.losses)).all() == [0, 1]
+
+
+def test_a_task_that_hangs_every_gpu_fails_uncharged(customer: Customer, submit: Submit) -> None:
+    task = submit(customer)
+    with transaction() as session:
+        session.get_one(Task, task.id).losses = 2  # it has hung two already
+    with sleeper("--hang-at", "1", ZIMAGE_STEP_TIMEOUT_S="0.5") as hung:
+        assert hung.wait() == EXIT_HUNG
+
+    assert customer.task(task.id).error_code == "WorkerLost"
+    assert customer.books() == (1500, 0)
+
+
+def test_one_of_four_workers_is_killed_and_nothing_is_lost(
+    customer: Customer, submit: Submit
+) -> None:
+    def all_draw() -> bool:
+        with transaction() as session:
+            drawing = select(Task.worker).where(Task.status == TaskStatus.PROCESSING).distinct()
+            return len(session.scalars(drawing).all()) == 4
+
+    submitted = [submit(customer) for _ in range(40)]
+    with process("api.courier"), ExitStack() as stack:
+        workers = [stack.enter_context(sleeper("--step-s", "0.03")) for _ in range(4)]
+        wait_until(lambda: queue.workers() == 4)
+        submitted += [submit(customer) for _ in range(20)]
+        wait_until(all_draw)
+        workers[0].kill()
+        workers[0].wait()
+        wait_until(all_completed(60))
+
+    assert charged() == sorted(task.id for task in submitted)
+    assert customer.books() == (1500 - 60 * 15, 0)
+    with transaction() as session:
+        lost = session.scalars(select(Task.losses).where(Task.losses > 0)).all()
+        by = session.scalars(select(Task.worker).distinct()).all()
+    assert lost
+    assert set(lost) == {1}
+    assert len(by) >= 3
