@@ -21,7 +21,6 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings
-from rq import SimpleWorker
 
 from api.settings import ApiSettings
 from deploy import reach, servers
@@ -183,7 +182,7 @@ def test_only_the_gpu_profile_asks_for_a_gpu() -> None:
     }
     assert asking == {
         "worker": [
-            {"driver": "nvidia", "device_ids": ["${GPU_ID:-0}"], "capabilities": ["gpu"]},
+            {"driver": "nvidia", "count": "${GPU_COUNT:-all}", "capabilities": ["gpu"]},
         ]
     }
 
@@ -333,21 +332,14 @@ def test_the_api_is_healthy_while_it_answers(server: str) -> None:
     assert _run(sys.executable, option, code.replace("127.0.0.1:8000", closed)).returncode == 1
 
 
-def test_a_worker_is_healthy_while_rq_hears_from_it() -> None:
-    connection = queue.connect()
-    try:
-        ours, other = (
-            SimpleWorker([queue.NAME], name=f"{host}-1-ab", connection=connection)
-            for host in (socket.gethostname(), "another-machine")
-        )
-        other.register_birth()  # type: ignore[no-untyped-call]
-        assert _run(*_health_check("worker")).returncode == 1
-        ours.register_birth()  # type: ignore[no-untyped-call]
-        assert _run(*_health_check("worker")).returncode == 0
-        ours.register_death()  # type: ignore[no-untyped-call]
-        assert _run(*_health_check("worker")).returncode == 1
-    finally:
-        connection.close()
+def test_a_worker_is_healthy_while_it_is_heard_of() -> None:
+    ours = f"{socket.gethostname()}-1-ab"
+    queue.announce("another-machine-1-ab", {})
+    assert _run(*_health_check("worker")).returncode == 1
+    queue.announce(ours, {})
+    assert _run(*_health_check("worker")).returncode == 0
+    queue.withdraw(ours)
+    assert _run(*_health_check("worker")).returncode == 1
 
 
 def test_valkey_as_composed_asks_for_its_password_and_keeps_what_it_holds(tmp_path: Path) -> None:

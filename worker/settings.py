@@ -87,7 +87,8 @@ class WorkerSettings(BaseSettings):
     """Mark images as made by AI, as the EU and China ask for: in the metadata, or also visibly."""
     ai_label_text: str = Field(default="AI-generated", min_length=1, max_length=40)
     ai_label_font: Path | None = None
-    """A font file that has the letters of `ai_label_text`. None: Pillow's, which has Latin ones."""
+    """A font file that has the letters of `ai_label_text`. None: Pillow's own, which has ASCII and
+    little more."""
     ai_label_producer: str = Field(default="", max_length=200)
     """Who answers for the images: the content producer in China's implicit label."""
 
