@@ -10,7 +10,7 @@ import re
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta, timezone
 from decimal import Decimal
 from io import BytesIO
@@ -31,11 +31,13 @@ from storage import accounts, errors, events, queue, tasks
 from storage.database import transaction
 from storage.models import Task, TaskStatus
 from storage.settings import settings
-from tests.conftest import assert_untouched, case
-from worker import generate
+from storage.tasks import Rewrite
+from tests.conftest import Atelier, OneByOne, Paint, assert_untouched, case
+from worker.drawing import Reading
 
 if TYPE_CHECKING:
     from tests.conftest import Canvas, Customer, NewCustomer, Work
+    from worker.drawing import Rewriter
 
     Submit = Callable[..., Task]
 
@@ -47,6 +49,8 @@ CREATES = (MULTIMODAL, GENERATION, SYNTHESIS)
 ENABLE = {"X-DashScope-Async": "enable"}
 JSON_TYPE = {"Content-Type": "application/json"}
 PROMPT = "film grain, a red fox in the snow"
+READ = {"prompt_tokens": len(PROMPT), "prompt_tokens_read": len(PROMPT)}
+"""What `usage` says of PROMPT, of which a test's pipeline reads each byte."""
 BEIJING = timezone(timedelta(hours=8))
 UNKNOWN_ID = "task-unified-1757165031-uyujaw3d"
 
@@ -170,7 +174,8 @@ def test_a_create_answers_the_documented_body_and_charges_once(
             "output_tokens": 0,
             "total_tokens": 0,
             "width": 1120,
-        },
+        }
+        | READ,
     }
     assert urlsplit(link).path.endswith(".png")
     assert download(link).size == (1120, 1440)
@@ -193,7 +198,7 @@ def test_a_prompt_is_answered_with_results(customer: Customer, drawing: None) ->
                 {"orig_prompt": PROMPT, "actual_prompt": PROMPT, "url": task.image_url},
             ],
         },
-        "usage": {"image_count": 1},
+        "usage": {"image_count": 1} | READ,
     }
     assert task.image_url is not None
     assert download(task.image_url).size == (768, 512)
@@ -247,15 +252,16 @@ FAILURES: dict[type[errors.ServiceError], tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("kind", FAILURES)
-def test_a_drawing_that_fails_is_a_500_and_costs_nothing(
-    customer: Customer, drawing: None, kind: type[errors.ServiceError]
+def test_a_drawing_that_fails_is_told_at_once_and_costs_nothing(
+    customer: Customer, drawing: Atelier, kind: type[errors.ServiceError]
 ) -> None:
-    generate.employ(generate.Worker("tester", refusing(kind())))
+    drawing.draw_with(refusing(kind()))
 
     for path in (MULTIMODAL, SYNTHESIS):
         answer = customer.http.post(path, json=body_of(path))
 
-        assert refusal(answer, 500, FAILURES[kind][0]) == str(kind())
+        status = 400 if kind is errors.ContentRefused else 500
+        assert refusal(answer, status, FAILURES[kind][0]) == str(kind())
     assert customer.books() == (Decimal(1500), Decimal(0))
 
 
@@ -381,7 +387,8 @@ def test_a_task_of_messages_is_polled_to_its_choices(
             "image_count": 1,
             "output_tokens": 0,
             "input_tokens": 0,
-        },
+        }
+        | READ,
     }
     assert task.image_url is not None
     assert download(task.image_url).size == (1280, 720)
@@ -401,7 +408,7 @@ def test_a_task_of_a_prompt_is_polled_to_its_results(customer: Customer, work: W
         {"orig_prompt": PROMPT, "actual_prompt": PROMPT, "url": task.image_url}
     ]
     assert "choices" not in done["output"]
-    assert done["usage"] == {"image_count": 1}
+    assert done["usage"] == {"image_count": 1} | READ
 
 
 def test_a_task_that_is_being_drawn_is_running(customer: Customer) -> None:
@@ -489,6 +496,189 @@ def test_a_task_of_another_dialect_answers_in_choices(
 
     assert found["output"]["choices"][0]["message"]["role"] == "assistant"
     assert found["usage"]["size"] == "512*512"
+
+
+# --- A prompt that is rewritten -------------------------------------------------------------------
+
+REWRITE = Rewrite("a red fox in deep snow at dawn", "it is cold", 90, 40, 25)
+TOKENS = {
+    "input_tokens": 90,
+    "output_tokens": 40,
+    "total_tokens": 130,
+    "output_tokens_details": {"reasoning_tokens": 25},
+}
+
+
+def rewriting(prompt: str, *, seed: int, check: Callable[[], None]) -> Rewrite:
+    assert prompt == PROMPT
+    check()
+    return REWRITE
+
+
+def not_rewriting(prompt: str, *, seed: int, check: Callable[[], None]) -> Rewrite:
+    raise errors.RewriteFailed
+
+
+def at_once(customer: Customer, path: str, rewriter: Rewriter) -> httpx.Response:
+    """The answer to a held caller who asked for a rewritten prompt, with a worker beside."""
+    with closing(Atelier(Paint(), rewriter)):
+        return customer.http.post(path, json=body_of(path, prompt_extend=True))
+
+
+@pytest.mark.parametrize("path", [MULTIMODAL, SYNTHESIS])
+def test_a_rewritten_prompt_is_answered_with_its_reasoning_at_twice_the_price(
+    customer: Customer, work: Work, path: str
+) -> None:
+    found = success(at_once(customer, path, rewriting))
+
+    task = only_task()
+    length = len(REWRITE.text)
+    ours = {"prompt_tokens": length, "prompt_tokens_read": length}
+    if path == SYNTHESIS:
+        assert found["output"]["results"] == [
+            {
+                "orig_prompt": PROMPT,
+                "actual_prompt": REWRITE.text,
+                "url": task.image_url,
+                "reasoning_content": "it is cold",
+            }
+        ]
+        assert found["usage"] == {"image_count": 1} | TOKENS | ours
+    else:
+        assert found["output"]["choices"][0]["message"] == {
+            "content": [{"image": task.image_url}, {"text": REWRITE.text}],
+            "reasoning_content": "it is cold",
+            "role": "assistant",
+        }
+        assert found["usage"] == {"height": 512, "image_count": 1, "width": 512} | TOKENS | ours
+    assert customer.books() == (Decimal(1470), Decimal(0))
+
+
+@pytest.mark.parametrize("path", CREATES)
+def test_a_task_says_of_a_rewritten_prompt_what_a_held_caller_hears(
+    customer: Customer, work: Work, path: str
+) -> None:
+    task_id = create(customer, path, prompt_extend=True)
+    assert customer.books() == (Decimal(1500), Decimal(30))
+    work(rewriter=rewriting)
+
+    found = query(customer, task_id)
+
+    assert found["usage"].items() >= TOKENS.items()
+    if path == SYNTHESIS:
+        (result,) = found["output"]["results"]
+        assert (result["actual_prompt"], result["orig_prompt"]) == (REWRITE.text, PROMPT)
+        assert result["reasoning_content"] == "it is cold"
+    else:
+        assert found["output"]["choices"][0]["message"] == {
+            "role": "assistant",
+            "content": [
+                {"image": customer.task(task_id).image_url, "type": "image"},
+                {"text": REWRITE.text, "type": "text"},
+            ],
+            "reasoning_content": "it is cold",
+        }
+        assert found["usage"]["size"] == "512*512"
+    assert customer.books() == (Decimal(1470), Decimal(0))
+
+
+def test_a_prompt_that_could_not_be_rewritten_costs_nothing(customer: Customer, work: Work) -> None:
+    for path in (MULTIMODAL, SYNTHESIS):
+        answer = at_once(customer, path, not_rewriting)
+        assert refusal(answer, 500, "RewriteFailed") == str(errors.RewriteFailed())
+    for path in CREATES:
+        task_id = create(customer, path, prompt_extend=True)
+        work(rewriter=not_rewriting)
+
+        output = query(customer, task_id)["output"]
+        assert (output["task_status"], output["code"]) == ("FAILED", "RewriteFailed")
+    assert customer.books() == (Decimal(1500), Decimal(0))
+
+
+def test_rewriting_is_quoted_and_reserved_at_its_own_price(new_customer: NewCustomer) -> None:
+    customer = new_customer(29)
+    for path in CREATES:
+        for headers in ({}, ENABLE):
+            body = body_of(path, prompt_extend=True)
+            answer = customer.http.post(
+                path, json=body, headers=headers, params={"dry_run": "true"}
+            )
+            quote = success(answer)["output"]
+            assert (quote["usage"]["credits_reserved"], quote["affordable"]) == (30, False)
+            refusal(customer.http.post(path, json=body, headers=headers), 400, "Arrearage")
+    assert_untouched(customer, balance=29)
+
+
+# --- What became of the order ---------------------------------------------------------------------
+
+
+class Cramped(OneByOne):
+    """A pipeline without memory for more than 512-scale, which reads no more than 5 tokens."""
+
+    def __init__(self) -> None:
+        super().__init__(self._draw_small)
+
+    def read(self, prompt: str) -> Reading:
+        return Reading(tuple(prompt.encode()[:5]), len(prompt.encode()))
+
+    def _draw_small(self, *_: object, width: int, height: int, **__: object) -> Image.Image:
+        if width * height > 1.1 * 512 * 512:
+            raise errors.ResourceExhausted
+        return Image.new("RGB", (width, height))
+
+
+@pytest.mark.parametrize("path", CREATES)
+def test_a_smaller_image_is_sent_only_to_whoever_allowed_it_and_is_told(
+    customer: Customer, work: Work, path: str
+) -> None:
+    small = create(customer, path, size="2048*1024", allow_downscale=True)
+    failed = create(customer, path, size="2048*1024", allow_downscale=False)
+    whole = create(customer, path, size="512*512", allow_downscale=True)
+    work(Cramped())
+
+    task, usage = customer.task(small), query(customer, small)["usage"]
+    assert (usage["size"], usage["downscaled"]) == ("720*368", True)
+    assert task.image_url is not None
+    assert download(task.image_url).size == (720, 368)
+    assert query(customer, failed)["output"]["code"] == "InternalError.Algo"
+    assert "downscaled" not in query(customer, whole)["usage"]
+    assert customer.books() == (Decimal(1470), Decimal(0))
+
+
+def test_a_held_caller_too_hears_of_a_smaller_image_and_of_a_prompt_that_was_cut(
+    customer: Customer, drawing: Atelier
+) -> None:
+    drawing.draw_with(Cramped())
+
+    body = asking(size="2048*1024", allow_downscale=True)
+    usage = success(customer.http.post(MULTIMODAL, json=body))["usage"]
+
+    assert usage == {
+        "height": 368,
+        "image_count": 1,
+        "input_tokens": 0,
+        "output_tokens": 0,
+        "total_tokens": 0,
+        "width": 720,
+        "downscaled": True,
+        "prompt_tokens": len(PROMPT),
+        "prompt_tokens_read": 5,
+    }
+
+
+def test_an_image_of_the_first_version_has_the_size_that_was_asked_for(
+    customer: Customer, work: Work
+) -> None:
+    task_id = create(customer)
+    work()
+    with transaction() as session:
+        names = ("image_width", "image_height", "prompt_tokens", "prompt_tokens_read")
+        session.execute(update(Task).values(dict.fromkeys(names)))
+
+    usage = query(customer, task_id)["usage"]
+
+    assert usage["size"] == "512*512"
+    assert not {"prompt_tokens", "prompt_tokens_read"} & set(usage)
 
 
 # --- Cancelling -----------------------------------------------------------------------------------
@@ -764,9 +954,11 @@ def test_what_dashscope_takes_and_ignores_is_ignored(customer: Customer) -> None
 
 
 def test_null_is_a_parameter_that_was_not_sent(customer: Customer) -> None:
-    task = customer.task(create(customer, size=None, seed=None, n=None, prompt_extend=None))
+    names = ("size", "seed", "n", "prompt_extend", "allow_downscale")
+    task = customer.task(create(customer, GENERATION, **dict.fromkeys(names)))
 
     assert (task.width, task.height, task.seed_given) == (1024, 1536, False)
+    assert (task.prompt_extend, task.allow_downscale) == (False, False)
     success(customer.http.post(MULTIMODAL, json=asking() | {"parameters": None}, headers=ENABLE))
 
 
@@ -849,6 +1041,11 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
         "parameters.prompt_extend",
         asking(prompt_extend="false"),
     ),
+    "allow_downscale as a number": (
+        "InvalidParameter",
+        "parameters.allow_downscale",
+        asking(allow_downscale=1),
+    ),
 }
 
 
@@ -895,15 +1092,6 @@ def test_more_than_one_image_is_refused_in_dashscopes_words(customer: Customer) 
 
         message = refusal(answer, 400, "InvalidParameter")
         assert message == "parameters.n: num_images_per_prompt must be 1"
-    assert_untouched(customer)
-
-
-def test_rewriting_is_refused_in_clear_words_not_quietly_left_out(customer: Customer) -> None:
-    for path in CREATES:
-        answer = customer.http.post(path, json=body_of(path, prompt_extend=True))
-
-        message = refusal(answer, 400, "InvalidParameter")
-        assert "prompt rewriting is not available on this server yet" in message
     assert_untouched(customer)
 
 

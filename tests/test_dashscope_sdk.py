@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import closing
 from decimal import Decimal
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ from urllib.request import urlopen
 
 import dashscope
 import pytest
+import torch
 from dashscope import AioMultiModalConversation, ImageSynthesis, MultiModalConversation
 from dashscope.aigc.image_generation import AioImageGeneration, ImageGeneration
 from dashscope.aigc.image_synthesis import AioImageSynthesis
@@ -18,6 +21,7 @@ from dashscope.api_entities.aio_session import close_shared_aio_session
 from dashscope.api_entities.http_request import close_shared_sync_session
 from dashscope.common.constants import DEFAULT_REQUEST_TIMEOUT_SECONDS
 from PIL import Image
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from api.dialects.dashscope.routes import SYNC_TIMEOUT_S
 from api.orders import DEADLINE_MARGIN_S
@@ -25,8 +29,9 @@ from storage import tasks
 from storage.database import transaction
 from storage.errors import GenerationFailed
 from storage.models import TaskStatus
-from tests.conftest import case
-from worker import generate
+from tests.conftest import Atelier, Paint, case
+from worker.demo import build as demo
+from worker.prompt_extend import EncoderRewriter
 
 if TYPE_CHECKING:
     from tests.conftest import Customer, NewCustomer, Work
@@ -247,13 +252,128 @@ def test_a_task_with_a_key_of_its_own_is_created_once(customer: Customer, name: 
     assert customer.books() == (Decimal(1500), Decimal(15))
 
 
+# --- A prompt that is rewritten -------------------------------------------------------------------
+
+WRITTEN = "<think>\nwhy\n</think>\n\na rewritten prompt"
+TEMPLATE = demo.CHAT_TEMPLATE.replace("in messages", "in messages if message.role == 'user'")
+"""Qwen's turns without the instruction: there is less to learn."""
+
+
+@pytest.fixture(scope="module")
+def rewriter() -> EncoderRewriter:
+    """A text encoder that was taught in a second to answer PROMPT with WRITTEN."""
+    tokenizer = demo.assemble(0).tokenizer
+    tokenizer.chat_template = TEMPLATE
+    asked, answer = (
+        tokenizer(text).input_ids
+        for text in (
+            f"<|im_start|>user\n{PROMPT}<|im_end|>\n<|im_start|>assistant\n",
+            f"{WRITTEN}<|im_end|>",
+        )
+    )
+    tokens = torch.tensor([asked + answer])
+    labels = torch.tensor([[-100] * len(asked) + answer])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Qwen3ForCausalLM(Qwen3Config(**demo.TEXT_ENCODER | {"tie_word_embeddings": True}))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    for _ in range(300):
+        loss = model(input_ids=tokens, labels=labels).loss
+        if loss.item() < 0.003:
+            break
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return EncoderRewriter(
+        model.model.eval(),  # as the pipeline has it: without a head
+        tokenizer,
+        lock=threading.Lock(),
+        reasoning_tokens_max=100,
+        tokens_max=100,
+        timeout_s=60,
+    )
+
+
+class Sketch(Paint):
+    """Paint that remembers what it was asked for."""
+
+    def __init__(self) -> None:
+        self.prompts: list[str] = []
+
+    def __call__(self, prompt: str, **asked: Any) -> Image.Image:
+        self.prompts.append(prompt)
+        return super().__call__(prompt, **asked)
+
+
+def assert_counted(usage: Result) -> None:
+    """The tokens are those of WRITTEN, a byte a token but for the end of the turn."""
+    thought = WRITTEN.index("</think>") + len("</think>")
+    asked = 1 + len(f"user\n{PROMPT}") + 1 + 1 + 1 + len("assistant\n")
+    written = len(WRITTEN) + 1
+    assert usage["input_tokens"] == asked
+    assert usage["output_tokens"] == written
+    assert usage["total_tokens"] == asked + written
+    assert usage["output_tokens_details"] == {"reasoning_tokens": thought}
+
+
+def test_a_rewritten_prompt_is_drawn_and_answered_with_its_reasoning(
+    customer: Customer, rewriter: EncoderRewriter
+) -> None:
+    sketch = Sketch()
+    call: Any = MultiModalConversation.call
+    with closing(Atelier(sketch, rewriter)):
+        answer = call(**asked(prompt_extend=True, seed=7))
+
+    (choice,) = answer.output.choices
+    assert choice.message.content[1] == {"text": "a rewritten prompt"}
+    assert choice.message["reasoning_content"] == "why"
+    assert sketch.prompts == ["a rewritten prompt"]
+    assert_counted(answer.usage)
+    assert_drawn(customer, of_choices(answer), images=2)  # at the price of two
+
+
+@pytest.mark.parametrize("name", ["ImageGeneration", "ImageSynthesis"])
+def test_a_task_whose_prompt_is_rewritten_says_so(
+    customer: Customer, work: Work, rewriter: EncoderRewriter, name: str
+) -> None:
+    _, ask, read = TASKS[name]
+
+    created = verb(name, "async_call")(**ask(prompt_extend=True))
+    assert customer.books() == (Decimal(1500), Decimal(30))
+    work(rewriter=rewriter)
+    done = verb(name, "wait")(created)
+
+    if name == "ImageSynthesis":
+        (result,) = done.output.results
+        assert (result.orig_prompt, result.actual_prompt) == (PROMPT, "a rewritten prompt")
+        assert result["reasoning_content"] == "why"
+    else:
+        message = done.output.choices[0].message
+        assert message.content[1]["text"] == "a rewritten prompt"
+        assert message["reasoning_content"] == "why"
+    assert_counted(done.usage)
+    assert_drawn(customer, read(done), images=2)
+
+
+@pytest.mark.parametrize("name", AT_ONCE)
+def test_a_prompt_that_could_not_be_rewritten_is_not_charged(
+    customer: Customer, drawing: Atelier, name: str
+) -> None:
+    call, ask, _ = AT_ONCE[name]
+
+    answer = call(**ask(prompt_extend=True))  # there is no rewriter
+
+    assert (answer.status_code, answer.code) == (500, "RewriteFailed")
+    assert customer.books() == (Decimal(1500), Decimal(0))
+
+
 # --- What can go wrong ----------------------------------------------------------------------------
 
 FAULTS: dict[str, tuple[dict[str, Any], int, str, str]] = {
     "a wrong key": ({"api_key": "zk_wrong"}, 401, "InvalidApiKey", "Invalid API-key provided."),
     "a size too small": ({"size": "256*256"}, 400, "InvalidParameter", "parameters.size: "),
     "two images": ({"n": 2}, 400, "InvalidParameter", "num_images_per_prompt must be 1"),
-    "rewriting": ({"prompt_extend": True}, 400, "InvalidParameter", "is not available"),
+    "maybe rewriting": ({"prompt_extend": 1}, 400, "InvalidParameter", "parameters.prompt_extend"),
     "a seed too large": ({"seed": 2**31}, 400, "InvalidParameter", "parameters.seed: "),
     "another model": ({"model": "z-image"}, 404, "ModelNotFound", "Model can not be found."),
 }
@@ -312,11 +432,11 @@ def test_one_create_too_many_a_minute_is_throttled(
     assert (answer.status_code, answer.code) == (429, "Throttling.RateQuota")
 
 
-def test_a_drawing_that_fails_is_said_at_once(customer: Customer, drawing: None) -> None:
+def test_a_drawing_that_fails_is_said_at_once(customer: Customer, drawing: Atelier) -> None:
     def fail(*_: object, **__: object) -> Image.Image:
         raise GenerationFailed
 
-    generate.employ(generate.Worker("tester", fail))
+    drawing.draw_with(fail)
     for call, ask, _ in AT_ONCE.values():
         answer = call(**ask())
 

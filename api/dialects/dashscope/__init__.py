@@ -8,11 +8,18 @@ Theirs and easily overlooked: what a prompt has beyond 800 characters is cut off
 default size is upright (1024*1536), and an unknown or forgotten task is 200 with `UNKNOWN`.
 
 Our choice, where they are silent: for z-image only the synchronous call is documented, so the
-asynchronous one is that of their Wan models; `prompt_extend: true` is refused while this server
-cannot rewrite prompts; `negative_prompt` and `watermark` do nothing; null is a parameter that was
-not sent; a side has at most 8192 pixels; times without a zone are UTC+8; a task's `code` is one of
-their 500s; 405 and 409 borrow the nearest of their codes; a list shows the tasks of every dialect
-that were created in its window, each in the one region `self-hosted`.
+asynchronous one is that of their Wan models; `negative_prompt` and `watermark` do nothing; null is
+a parameter that was not sent; a side has at most 8192 pixels; times without a zone are UTC+8; a
+task's `code` is one of their 500s; 405 and 409 borrow the nearest of their codes; a list shows the
+tasks of every dialect that were created in its window, each in the one region `self-hosted`.
+
+Of a prompt that was rewritten (`prompt_extend: true`) a task says the same as the synchronous call:
+the new text and `reasoning_content` on its message, or on its result of the older form; the tokens
+in `usage`, those of the reasoning included in `output_tokens`.
+
+Ours as well: `parameters.allow_downscale`, and in `usage` `downscaled: true` beside the image's own
+pixels where they are fewer than were asked for; how many tokens the drawn prompt has and how many
+of them were read, beside DashScope's own fields, which count the rewriting.
 """
 
 from fastapi import APIRouter

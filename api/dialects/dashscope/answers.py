@@ -58,18 +58,15 @@ def request_id() -> str:
 
 def render_drawn(task: Task, link: str) -> dict[str, Any]:
     """The answer to a synchronous create with messages."""
-    content = [{"image": link}, {"text": task.prompt}]
-    message = {"content": content, "reasoning_content": "", "role": "assistant"}
+    message = {
+        "content": [{"image": link}, {"text": task.rewritten_prompt or task.prompt}],
+        "reasoning_content": task.reasoning or "",
+        "role": "assistant",
+    }
+    width, height = _drawn_size(task)
     return {
         "output": {"choices": [{"finish_reason": "stop", "message": message}]},
-        "usage": {
-            "height": task.height,
-            "image_count": 1,
-            "input_tokens": 0,
-            "output_tokens": 0,
-            "total_tokens": 0,
-            "width": task.width,
-        },
+        "usage": {"height": height, "image_count": 1, "width": width} | _tokens(task) | _ours(task),
     }
 
 
@@ -99,21 +96,65 @@ def render_task(task: Task) -> dict[str, Any]:
         output["message"] = task.error_message
     if not completed:
         return {"output": output}
-    if task.dialect == SYNTHESIS:
-        result = {"orig_prompt": task.prompt, "actual_prompt": task.prompt, "url": task.image_url}
-        return {"output": output | {"results": [result]}, "usage": {"image_count": 1}}
-    message = {"role": "assistant", "content": [{"image": task.image_url, "type": "image"}]}
-    return {
-        "output": output
-        | {"finished": True, "choices": [{"finish_reason": "stop", "message": message}]},
-        "usage": {
-            "size": f"{task.width}*{task.height}",
-            "total_tokens": 0,
-            "image_count": 1,
-            "output_tokens": 0,
-            "input_tokens": 0,
-        },
+    usage = {"image_count": 1} | _ours(task)
+    width, height = _drawn_size(task)
+    if task.dialect != SYNTHESIS or task.downscaled:
+        usage["size"] = f"{width}*{height}"
+    if task.dialect != SYNTHESIS or task.prompt_extend:
+        usage |= _tokens(task)
+    rendered = _result(task) if task.dialect == SYNTHESIS else _choice(task)
+    return {"output": output | rendered, "usage": usage}
+
+
+def _result(task: Task) -> dict[str, Any]:
+    """What a completed task adds to `output`, as their older models say it."""
+    result = {
+        "orig_prompt": task.prompt,
+        "actual_prompt": task.rewritten_prompt or task.prompt,
+        "url": task.image_url,
     }
+    if task.prompt_extend:
+        result["reasoning_content"] = task.reasoning or ""
+    return {"results": [result]}
+
+
+def _choice(task: Task) -> dict[str, Any]:
+    """What a completed task adds to `output`, as their newer models say it."""
+    content = [{"image": task.image_url, "type": "image"}]
+    message: dict[str, Any] = {"role": "assistant", "content": content}
+    if task.prompt_extend:
+        content.append({"text": task.rewritten_prompt, "type": "text"})
+        message["reasoning_content"] = task.reasoning or ""
+    return {"finished": True, "choices": [{"finish_reason": "stop", "message": message}]}
+
+
+def _tokens(task: Task) -> dict[str, Any]:
+    """Of the rewriting; zero without one, as they document it."""
+    read, written = task.rewrite_input_tokens or 0, task.rewrite_output_tokens or 0
+    tokens: dict[str, Any] = {
+        "input_tokens": read,
+        "output_tokens": written,
+        "total_tokens": read + written,
+    }
+    if task.prompt_extend:
+        tokens["output_tokens_details"] = {"reasoning_tokens": task.rewrite_reasoning_tokens or 0}
+    return tokens
+
+
+def _drawn_size(task: Task) -> tuple[int, int]:
+    """Of the file; tasks of the first version have only what was asked for, which was the same."""
+    return task.image_width or task.width, task.image_height or task.height
+
+
+def _ours(task: Task) -> dict[str, Any]:
+    """What became of the order, which DashScope's format has no words for."""
+    ours: dict[str, Any] = {}
+    if task.downscaled:
+        ours["downscaled"] = True
+    if task.prompt_tokens is not None:
+        ours["prompt_tokens"] = task.prompt_tokens
+        ours["prompt_tokens_read"] = task.prompt_tokens_read
+    return ours
 
 
 def render_unknown(task_id: str) -> dict[str, Any]:

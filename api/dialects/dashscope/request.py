@@ -49,20 +49,15 @@ def _one(n: int) -> int:
     return n
 
 
-def _no_rewriting(wanted: bool) -> bool:
-    # Accepting it without doing it would be worse than saying so.
-    if wanted:
-        raise ValueError("prompt rewriting is not available on this server yet; send false")
-    return wanted
-
-
 class Parameters(BaseModel):
     """Every other parameter is taken and ignored, as DashScope does; its SDK sends `is_async`."""
 
     size: Annotated[StrictStr, AfterValidator(_size)] | None = None
     seed: Annotated[StrictInt, Field(ge=0, le=SEED_MAX)] | None = None
     n: Annotated[StrictInt, AfterValidator(_one)] | None = None
-    prompt_extend: Annotated[StrictBool, AfterValidator(_no_rewriting)] | None = None
+    prompt_extend: StrictBool | None = None
+    allow_downscale: StrictBool | None = None
+    """Ours: rather a smaller image than none, where there is no memory for this one."""
 
 
 class _Create(BaseModel):
@@ -79,6 +74,8 @@ class _Create(BaseModel):
             image_format=ImageFormat.PNG,
             seed=asked.seed,
             model=self.model,
+            prompt_extend=bool(asked.prompt_extend),
+            allow_downscale=bool(asked.allow_downscale),
         )
 
 
