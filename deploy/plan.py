@@ -58,6 +58,7 @@ def environment(chosen: LocalSettings, data: Path, own: Sequence[Server]) -> dic
         "ZIMAGE_MODEL": chosen.model,
         "PYTHONUNBUFFERED": "1",
     }
+    env.setdefault("ZIMAGE_DEVICE", "all")  # a worker process for every GPU
     if chosen.local_account_id:
         env["ZIMAGE_LOCAL_ACCOUNT_ID"] = chosen.local_account_id
     for server in own:

@@ -17,9 +17,11 @@ DRAW = """
 import sys
 from pathlib import Path
 from worker import loading
+from worker.drawing import Drawing
 
 pipeline = loading.load("demo", device="cpu", dtype="auto", cache_dir=Path(sys.argv[1]))
-print(pipeline("a cat", width=32, height=32, seed=1, on_step=lambda *_: None).size)
+drawing = Drawing(pipeline.read("a cat"), 32, 32, 1, 8, lambda done: None)
+print(pipeline.draw([drawing])[0]().size)
 """
 
 # Ends the process, because the libraries swallow what a failed look at the hub raises.

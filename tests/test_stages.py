@@ -19,11 +19,12 @@ from storage.errors import ResourceExhausted, RewriteFailed
 from storage.models import Task, TaskStatus
 from storage.settings import settings
 from storage.tasks import Rewrite
-from tests.conftest import OneByOne, Paint, employ
+from tests.conftest import MODERATION, OneByOne, Paint, employ
 from tests.test_processes import wait_until
 from worker import stages
 from worker.drawing import Drawing, Picture
 from worker.stages import Worker
+from worker.watch import Watch
 
 if TYPE_CHECKING:
     from tests.conftest import Customer, Work
@@ -433,3 +434,48 @@ def test_a_worker_says_what_it_is_doing(customer: Customer, submit: Submit) -> N
     assert [(facts["state"], facts["claimed"]) for facts in seen] == [("drawing", 1), ("idle", 0)]
     assert [facts["images_total"] for facts in seen] == [0, 1]
     assert seen[-1]["images_per_minute"] == 1
+
+
+# --- A GPU that hangs ---------------------------------------------------------------------------
+
+
+def test_what_makes_no_step_is_told_once_and_what_rests_is_not() -> None:
+    told: list[set[object]] = []
+    hung = threading.Event()
+
+    def on_hang(keys: set[object]) -> None:
+        told.append(keys)
+        hung.set()
+
+    watch = Watch(0.2, on_hang)
+    watch.step("hangs")
+    watch.step("waits for room")
+    watch.rest("waits for room")
+    while not hung.wait(0.02):
+        watch.step("goes on")
+    watch.close()
+
+    assert told == [{"hangs"}]
+
+
+def test_pixels_that_never_come_are_a_hung_gpu(customer: Customer, submit: Submit) -> None:
+    """A GPU may have everything in its queue when it hangs, and nobody draws any more."""
+    task = submit(customer)
+    go_on, exited = threading.Event(), threading.Event()
+
+    class NoPixels(OneByOne):
+        def draw(self, drawings: Sequence[Drawing]) -> list[Picture | BaseException]:
+            (picture,) = super().draw(drawings)
+            assert callable(picture)
+            return [partial(_after, go_on, picture)]
+
+    worker = Worker("tester", NoPixels(Paint()), moderation=MODERATION, on_hang=exited.set)
+    worker._watch._timeout_s = 0.2
+    worker.take()
+    exited.wait()
+    try:
+        assert statuses([task]) == [TaskStatus.PENDING]
+        assert customer.task(task.id).losses == 1
+    finally:
+        go_on.set()
+        worker.close()

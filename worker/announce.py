@@ -38,3 +38,5 @@ class Announcer:
             tell()
         except RedisError as error:
             logger.warning("worker.not_announced", error=str(error))
+        except Exception:  # nothing that is only to be seen may end what makes it seen
+            logger.exception("worker.not_announced")

@@ -140,6 +140,9 @@ class Leases:
             # Going on is safe: if the lease runs out meanwhile, the claim's number stops us.
             logger.warning("tasks.not_renewed", tasks=len(progress))
             return
+        except Exception:  # a bug must not end this thread, and every lease with it
+            logger.exception("tasks.not_renewed", tasks=len(progress))
+            return
         for each in held:
             if each.claim not in still:
                 each.lost = True

@@ -1,14 +1,24 @@
 """The model from its files: found, checked, and put on a device as the settings say."""
 
+import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import ZImagePipeline, ZImageTransformer2DModel
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
+from worker import switches as speed
 from worker.demo import build as demo
+from worker.memory import is_out_of_memory
 from worker.pipeline import TurboPipeline
+from worker.switches import SAFE
+from worker.switches import Switches as Switches
+from worker.switches import switches_of as switches_of
+
+if TYPE_CHECKING:
+    from worker.settings import WorkerSettings
 
 DEMO = "demo"
 """The model name that stands for the small model with random weights."""
@@ -19,12 +29,19 @@ DTYPES = {
     "float32": torch.float32,
 }
 
+LIBRARIES_LOGGING = (diffusers_logging, transformers_logging)
+
+GPU_SIZES = [(1024, 1024)]
+"""Width and height in pixels, drawn before the first task unless the settings name others."""
+
 
 class ModelUnavailable(Exception):
     """The model cannot be loaded; the message says which, from where, and why, in one sentence."""
 
 
-def load(model: str, *, device: str, dtype: str, cache_dir: Path) -> TurboPipeline:
+def load(
+    model: str, *, device: str, dtype: str, cache_dir: Path, switches: Switches = SAFE
+) -> TurboPipeline:
     """Load `model` and put it on `device`.
 
     Args:
@@ -34,13 +51,13 @@ def load(model: str, *, device: str, dtype: str, cache_dir: Path) -> TurboPipeli
         dtype: `auto`, `bfloat16`, `float16` or `float32`.
         cache_dir: where the demo model is built. The hub's files have their own cache, which
             `HF_HOME` moves.
+        switches: what makes it faster or smaller. They are tried before the weights are read.
 
     Raises:
         ModelUnavailable: whatever went wrong.
     """
-    # Bars are for terminals; between a worker's log lines they are noise.
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    for logging in LIBRARIES_LOGGING:
+        logging.disable_progress_bar()  # between a worker's log lines it is noise
     if model == DEMO:
         place = f"in {cache_dir}"
     elif Path(model).is_dir():
@@ -48,13 +65,8 @@ def load(model: str, *, device: str, dtype: str, cache_dir: Path) -> TurboPipeli
     else:
         place = "from the Hugging Face hub (there is no folder of this name)"
     try:
-        device, precision = choose(
-            device,
-            dtype,
-            cuda=torch.cuda.is_available(),
-            mps=torch.backends.mps.is_available(),
-            bfloat16=_has_bfloat16(),
-        )
+        device, precision = choose_here(device, dtype)
+        speed.check(switches, device, precision)
         pipeline = ZImagePipeline.from_pretrained(
             demo.ensure(cache_dir) if model == DEMO else model,
             dtype=precision,
@@ -64,15 +76,53 @@ def load(model: str, *, device: str, dtype: str, cache_dir: Path) -> TurboPipeli
         if not isinstance(pipeline.transformer, ZImageTransformer2DModel):
             found = type(pipeline.transformer).__name__
             raise TypeError(f"its transformer is {found}, not ZImageTransformer2DModel")
-        pipeline.to(device)
+        return prepare(pipeline, model=model, device=device, dtype=precision, switches=switches)
     except Exception as error:  # the libraries raise anything, from KeyError to AssertionError
         raise ModelUnavailable(
             f"The model {model!r} could not be loaded {place}, "
             f"device {device}, dtype {dtype}: {_reason(error)}"
         ) from error
+
+
+def hush() -> None:
+    """Let the libraries tell errors only."""
+    for logging in LIBRARIES_LOGGING:
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
+
+
+def prepare(
+    pipeline: ZImagePipeline, *, model: str, device: str, dtype: torch.dtype, switches: Switches
+) -> TurboPipeline:
+    """Apply `switches` to a pipeline whose weights were just read, and put it on `device`.
+
+    Raises:
+        Exception: anything; the libraries have no common class.
+    """
     pipeline.set_progress_bar_config(disable=True)
+    if switches.vae_channels_last:
+        pipeline.vae.to(memory_format=torch.channels_last)
+    speed.apply(switches, pipeline.transformer, device)
+    speed.place(switches, pipeline, device)
     return TurboPipeline(
-        pipeline, model=model, device=device, dtype=str(precision).removeprefix("torch.")
+        pipeline,
+        model=model,
+        device=device,
+        dtype=str(dtype).removeprefix("torch."),
+        prompt_tokens_max=switches.prompt_tokens_max,
+        embedding_cache_mb=switches.embedding_cache_mb,
+        offload=switches.offload,
+    )
+
+
+def choose_here(device: str, dtype: str) -> tuple[str, torch.dtype]:
+    """Return what `choose` returns on this machine. Raises: ValueError."""
+    return choose(
+        device,
+        dtype,
+        cuda=torch.cuda.is_available(),
+        mps=torch.backends.mps.is_available(),
+        bfloat16=_has_bfloat16(),
     )
 
 
@@ -97,11 +147,18 @@ def choose(
     return device, DTYPES[dtype]
 
 
-def _reason(error: BaseException) -> str:
-    """The first line of what was wrong at the root: 'Connection refused', not 'not cached'."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error).partition("\n")[0] or type(error).__name__
+def warmup_sizes(settings: "WorkerSettings", device: str) -> list[tuple[int, int]]:
+    """Return what is to be drawn on `device` before the first task: width and height in pixels."""
+    if settings.warmup_sizes is None:
+        return [] if torch.device(device).type == "cpu" else GPU_SIZES
+    sizes = [size.split("x") for size in settings.warmup_sizes]
+    return [(int(width), int(height)) for width, height in sizes]
+
+
+def _reason(error: Exception) -> str:
+    if is_out_of_memory(error):
+        return "it does not fit into the device's memory; ZIMAGE_OFFLOAD=model needs less"
+    return speed.reason(error)
 
 
 def _has_bfloat16() -> bool:
@@ -109,3 +166,10 @@ def _has_bfloat16() -> bool:
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return torch.backends.mps.is_available() and torch.backends.mps.is_macos_or_newer(14, 0)
+
+
+def device_name(device: str) -> str:
+    """What an operator calls `device`: a GPU's product name."""
+    if torch.device(device).type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return platform.processor() or platform.machine()

@@ -1,26 +1,23 @@
-"""Prompts in, images out: the one file that knows torch and diffusers at work."""
+"""Prompts in, images out: the model's parts, put to work."""
 
-import os
-import traceback
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-# Read once, when torch is loaded. On a CPU, torch's threads otherwise spin while they wait for each
-# other and take the cores from the rest of the machine, and so from themselves: with one other busy
-# process on two cores 512 x 512 took 7 to 15 s, so it takes 0.8 s; alone there is no difference.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
+import structlog
 import torch
 from diffusers import ZImagePipeline
-from PIL import Image
 
 from storage.errors import ResourceExhausted
-
-STEPS = 8
-"""Distilled for 8. One forward each since diffusers 0.39; before that 9 gave 8.
-
-Source: https://github.com/huggingface/diffusers/pull/13730
-"""
+from storage.tasks import STEPS
+from worker.ahead import Pace, picture_of
+from worker.drawing import Drawing, Picture, Reading
+from worker.memory import Ladder, Offload, let_go, measure_mb, rungs
+from worker.reading import Reader
 
 GUIDANCE = 0.0
 """Distilled without classifier-free guidance: anything else costs twice and degrades the image."""
@@ -28,99 +25,267 @@ GUIDANCE = 0.0
 SIDE_STEP_PX = 16
 """The pipeline draws sides in multiples of this: the VAE's factor 8, times patches of 2."""
 
-# What an allocator says that has no exception class of its own: CUDA's libraries and Apple's GPU,
-# the CPU on Linux and macOS, the CPU on Windows, cuBLAS.
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+BATCH_GAIN_MIN = 0.05
+"""A larger batch must save this share of the time per image: it also makes its first image wait."""
+
+WARM_UP_PROMPT = "a red fox in the snow"
+
+logger = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What the warm-up measured."""
+
+    size: tuple[int, int]
+    """Width and height in pixels."""
+    batch: int
+    seconds_per_image: float
 
 
 class TurboPipeline:
     """Z-Image-Turbo, or any model of the same classes, loaded once per process.
 
-    The real one: 6 B parameters, 19.1 GB of weights in bfloat16. Draws one image at a time; two
-    threads may not call it at once, because the scheduler keeps its place between steps.
+    The real one: 6 B parameters, 19.1 GB of weights in bfloat16. Two threads may not draw at once,
+    because the scheduler keeps its place between steps; any thread may read prompts meanwhile.
 
     Source: `components_manager.md` of diffusers 0.42.
     """
 
-    def __init__(self, pipeline: ZImagePipeline, *, model: str, device: str, dtype: str) -> None:
+    def __init__(
+        self,
+        pipeline: ZImagePipeline,
+        *,
+        model: str,
+        device: str,
+        dtype: str,
+        prompt_tokens_max: int = 512,
+        embedding_cache_mb: int = 64,
+        offload: Offload = "none",
+    ) -> None:
+        """Take over `pipeline`, whose weights are where `device` and `offload` say.
+
+        Raises:
+            ValueError: the model does not bear prompts of `prompt_tokens_max` tokens.
+        """
         self.model = model
         self.device = device
         self.dtype = dtype
+        self.batch_limits: dict[tuple[int, int], int] = {}
+        """Images drawn together at most, by width and height. What is not here is drawn alone."""
+        self.weights_lock = threading.RLock()
+        """Held while the weights move between devices. Whoever else computes with the text encoder
+        holds it meanwhile."""
         self._pipeline = pipeline
-
-    def __call__(
-        self,
-        prompt: str,
-        *,
-        width: int,
-        height: int,
-        seed: int,
-        on_step: Callable[[int, int], None],
-        steps: int = STEPS,
-    ) -> Image.Image:
-        """Draw `prompt` and return an RGB image, 8 bit, of exactly `width` x `height` pixels.
-
-        The same prompt, size and seed give the same pixels on the same machine. A side that is no
-        multiple of 16 is drawn at the next one, and the middle is kept. The pipeline reads no
-        more than the first 512 tokens of a prompt.
-
-        `on_step` is called after each denoising step with the steps done and the steps in all; a
-        GPU may still have that step in its queue. What `on_step` raises ends the drawing and comes
-        out of here; the next image is not affected.
-
-        Raises:
-            ResourceExhausted: out of memory. What was held for this image is given back.
-        """
-        try:
-            image = self._draw(
-                prompt, _rounded_up(width), _rounded_up(height), seed, steps, on_step
-            )
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            # The frames of the traceback still hold this image's tensors; without this the cache
-            # would have nothing to give back while the error is on its way up.
-            traceback.clear_frames(error.__traceback__)
-            if torch.accelerator.is_available():
-                torch.accelerator.empty_cache()
-            raise ResourceExhausted from error
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        return image.crop((left, top, left + width, top + height))
-
-    @torch.inference_mode()
-    def _draw(
-        self,
-        prompt: str,
-        width: int,
-        height: int,
-        seed: int,
-        steps: int,
-        on_step: Callable[[int, int], None],
-    ) -> Image.Image:
-        def step_ended(_: Any, index: int, __: Any, ___: dict[str, Any]) -> dict[str, Any]:
-            on_step(index + 1, steps)
-            return {}  # nothing to replace
-
-        drawn = self._pipeline(
-            prompt=[prompt],  # a new list each time: the pipeline overwrites it in place
-            width=width,
-            height=height,
-            num_inference_steps=steps,
-            guidance_scale=GUIDANCE,
-            # On the CPU wherever the drawing is, so that a seed means the same noise everywhere.
-            generator=torch.Generator("cpu").manual_seed(seed),
-            callback_on_step_end=step_ended,
-            callback_on_step_end_tensor_inputs=[],
+        self._weights_move = offload != "none"
+        self._reader = Reader(
+            pipeline, device=device, tokens_max=prompt_tokens_max, cache_mb=embedding_cache_mb
         )
-        image: Image.Image = drawn.images[0]
-        return image
+        self._ladder = Ladder(
+            pipeline,
+            device=device,
+            rungs=rungs(device, offload),
+            weights_lock=self.weights_lock,
+            free_caches=self._reader.forget,
+        )
+
+    @property
+    def text_encoder(self) -> Any:
+        """A Qwen3Model, or a Qwen3ForCausalLM that can also write."""
+        return self._pipeline.text_encoder
+
+    @property
+    def tokenizer(self) -> Any:
+        """Several threads use it: never ask it to truncate or to pad."""
+        return self._pipeline.tokenizer
+
+    def read(self, prompt: str) -> Reading:
+        """Return `prompt` in tokens, cut where `ZImagePipeline` cuts. Any thread may call it."""
+        return self._reader.read(prompt)
+
+    def batch_max(self, width: int, height: int, steps: int) -> int:
+        """How many images of this size it pays to draw together, as the warm-up measured it."""
+        return self.batch_limits.get((width, height), 1)
+
+    def memory_mb(self) -> dict[str, int]:
+        """The device's memory in MiB: `used` by this process now, its `peak`, and the `total`."""
+        return measure_mb(self.device)
+
+    def draw(self, drawings: Sequence[Drawing]) -> list[Picture | BaseException]:
+        """Draw images of one size and number of steps together; each ends on its own.
+
+        The same prompt, size and seed give the same image on the same machine. Drawn in a batch the
+        numbers are added up in another order: in float32 on a CPU, with prompts of 20 to 300
+        tokens, one value in ten thousand differed, by 1 of 255.
+
+        A side that is no multiple of 16 is drawn at the next one, and the middle is kept.
+
+        A batch that does not fit into memory is drawn one by one; an image that does not fit alone
+        is drawn in less and less memory (`worker/memory.py`), and is a `ResourceExhausted` if that
+        does not help either.
+        """
+        canvases = [_Canvas(drawing) for drawing in drawings]
+        with self._weights_held():
+            if len(canvases) > 1 and self._ladder.attempt(partial(self._denoise, canvases)):
+                size = drawings[0].width, drawings[0].height
+                self.batch_limits[size] = min(self.batch_max(*size, STEPS), len(canvases) - 1)
+                logger.warning("pipeline.out_of_memory", rung="batch", images=len(canvases))
+            for canvas in canvases:
+                try:
+                    self._ladder.climb(partial(self._finish, canvas))
+                except ResourceExhausted as error:
+                    canvas.result = error
+        return [canvas.result for canvas in canvases if canvas.result is not None]
+
+    def warm_up(self, sizes: Sequence[tuple[int, int]], batch_max: int) -> list[Timing]:
+        """Draw each size (width, height in pixels) once, and find out how many pay together.
+
+        Where `batch_max` is more than 1, batches of 1, 2, 4 … are timed up to it or until memory
+        runs out, and the limit of the size is set. Returns what was measured.
+        """
+        timings = []
+        for size in sizes:
+            measured = []
+            for batch in [2**n for n in range(batch_max.bit_length())]:
+                # The first one chooses kernels and takes memory.
+                if self._seconds(size, batch) is None or batch_max == 1:
+                    break
+                seconds = self._seconds(size, batch)
+                if seconds is None:
+                    break
+                measured.append(Timing(size, batch, seconds / batch))
+            if measured:
+                self.batch_limits[size] = best_batch(measured)
+            timings += measured
+        return timings
+
+    def _seconds(self, size: tuple[int, int], batch: int) -> float | None:
+        """How long a batch takes until its pixels are there; None if memory runs out."""
+        reading = self.read(WARM_UP_PROMPT)
+        canvases = [
+            _Canvas(Drawing(reading, *size, seed, STEPS, on_step=lambda _: None))
+            for seed in range(batch)
+        ]
+
+        def paint() -> None:
+            self._denoise(canvases)
+            for canvas in canvases:
+                self._finish(canvas)
+
+        began = time.monotonic()
+        with self._weights_held():
+            if self._ladder.attempt(paint):
+                return None
+        for canvas in canvases:
+            if callable(canvas.result):
+                canvas.result()
+        return time.monotonic() - began
+
+    def _weights_held(self) -> AbstractContextManager[Any]:
+        return self.weights_lock if self._weights_move else nullcontext()
+
+    def _finish(self, canvas: "_Canvas") -> None:
+        """Do what is left to do of one image; nothing if it has its result."""
+        if canvas.result is None and canvas.latents is None:
+            self._denoise([canvas])
+        if canvas.result is None:
+            self._decode(canvas)
+
+    @torch.no_grad()
+    def _denoise(self, canvases: "Sequence[_Canvas]") -> None:
+        """Turn noise into latents, or into what `on_step` raised, for all of them together."""
+        first = canvases[0].drawing
+        drawn = list(canvases)
+        pace = Pace(self.device)
+
+        def step_ended(_: Any, index: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            pace.step_queued()
+            kept = []
+            for place, canvas in enumerate(drawn):
+                try:
+                    canvas.drawing.on_step(index + 1)
+                except BaseException as error:
+                    canvas.result = error
+                else:
+                    kept.append(place)
+            if len(kept) == len(drawn):
+                return {}  # nothing to replace
+            drawn[:] = [drawn[place] for place in kept]
+            if not drawn:
+                raise _NobodyWaits
+            return {
+                "latents": tensors["latents"][kept],
+                "prompt_embeds": [tensors["prompt_embeds"][place] for place in kept],
+            }
+
+        try:
+            latents = self._pipeline(
+                prompt_embeds=[self._reader.embed(c.drawing.reading.tokens) for c in canvases],
+                width=_rounded_up(first.width),
+                height=_rounded_up(first.height),
+                num_inference_steps=first.steps,
+                guidance_scale=GUIDANCE,
+                # On the CPU wherever the drawing is, so that a seed means the same noise
+                # everywhere; one for each, so that it means the same in every batch.
+                generator=[torch.Generator("cpu").manual_seed(c.drawing.seed) for c in canvases],
+                callback_on_step_end=step_ended,
+                callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
+                output_type="latent",
+            ).images
+        except BaseException as error:
+            # The pipeline does this only at its regular end; without it a model that was moved to
+            # the device stays there, beside the next one.
+            self._pipeline.maybe_free_model_hooks()
+            if not isinstance(error, _NobodyWaits):
+                raise
+        else:
+            for canvas, one in zip(drawn, latents.split(1), strict=True):
+                canvas.latents = one
+        for canvas in canvases:
+            if isinstance(canvas.result, BaseException):
+                let_go(canvas.result)
+
+    @torch.no_grad()
+    def _decode(self, canvas: "_Canvas") -> None:
+        """Turn one image's latents into 8-bit pixels, on the device, and do not wait for them."""
+        vae, drawing = self._pipeline.vae, canvas.drawing
+        latents = canvas.latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        values = vae.decode(latents, return_dict=False)[0]
+        self._pipeline.maybe_free_model_hooks()
+        left = (_rounded_up(drawing.width) - drawing.width) // 2
+        top = (_rounded_up(drawing.height) - drawing.height) // 2
+        values = values[..., top : top + drawing.height, left : left + drawing.width]
+        # What diffusers does on the CPU, to the bit: denormalise in the VAE's precision, then
+        # float32, then the nearest integer, halves to the even one.
+        values = self._pipeline.image_processor.postprocess(values, output_type="pt")
+        pixels = (values[0].permute(1, 2, 0).float() * 255).round().to(torch.uint8)
+        canvas.result = picture_of(pixels.contiguous())
+
+
+def best_batch(measured: Sequence[Timing]) -> int:
+    """The largest batch that saves enough over the next smaller one that does."""
+    best, *larger = measured
+    for timing in larger:
+        if timing.seconds_per_image <= best.seconds_per_image * (1 - BATCH_GAIN_MIN):
+            best = timing
+    return best.batch
+
+
+class _Canvas:
+    """A drawing on its way from noise through latents to a picture, or to what ended it.
+
+    Latents stay when memory runs out in the decoder, so that only that is done again.
+    """
+
+    def __init__(self, drawing: Drawing) -> None:
+        self.drawing = drawing
+        self.latents: Any = None
+        self.result: Picture | BaseException | None = None
+
+
+class _NobodyWaits(Exception):
+    """Every drawing of the batch has ended."""
 
 
 def _rounded_up(side_px: int) -> int:
     return -(-side_px // SIDE_STEP_PX) * SIDE_STEP_PX
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in str(error) for words in OUT_OF_MEMORY
-    )

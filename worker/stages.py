@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -44,6 +44,8 @@ FINISHERS = 4
 LAST_WORDS_S = 10
 """How long a process whose GPU hangs takes to hand back what it holds."""
 EXIT_HUNG = 70
+DRAWING = "drawing"
+"""What is watched beside single jobs."""
 DOWNSCALED_AREA_PX = 512 * 512
 SIDE_STEP_PX = 16
 RATE_WINDOW_S = 60
@@ -187,7 +189,8 @@ class Worker:
             self._moderation.check_prompt(task.prompt, strict=task.strict_moderation)
             if self._rewriter is None:
                 raise RewriteFailed
-            rewrite = self._rewriter(task.prompt, seed=task.seed, check=job.held.check)
+            check = partial(self._check_rewriting, job)
+            rewrite = self._rewriter(task.prompt, seed=task.seed, check=check)
             with transaction() as session:
                 if not tasks.note_rewrite(session, job.held.claim, rewrite):
                     raise ClaimLost
@@ -195,15 +198,21 @@ class Worker:
             with self._ending(job):
                 raise error
             return False
+        finally:
+            self._watch.rest(job)
         job.prompt = rewrite.text
         return True
+
+    def _check_rewriting(self, job: Job) -> None:
+        self._watch.step(job)
+        job.held.check()
 
     # --- Drawing: one thread --------------------------------------------------------------------
 
     def _draw_until_closed(self) -> None:
         while (batch := self._next_batch()) is not None:
             self._draw(batch)
-            self._watch.rest()
+            self._watch.rest(DRAWING)
 
     def _next_batch(self) -> list[Job] | None:
         with self._changed:
@@ -254,14 +263,14 @@ class Worker:
             )
             for job in batch
         ]
-        self._watch.step()
+        self._watch.step(DRAWING)
         try:
             return self.pipeline.draw(drawings)
-        except Exception as error:  # a bug: each of them is told no more than that
+        except BaseException as error:  # a bug: each of them is told no more than that
             return [error] * len(batch)
 
     def _step(self, job: Job, done: int) -> None:
-        self._watch.step()
+        self._watch.step(DRAWING)
         if not self._next_is_wanted and job.task.steps - done <= LOOK_AHEAD_STEPS:
             with self._changed:
                 self._next_is_wanted = True
@@ -270,7 +279,7 @@ class Worker:
 
     def _hand_over(self, job: Job, result: Picture | BaseException) -> None:
         """Give a drawn image to the finishers, once there is room for it."""
-        self._watch.rest()  # waiting for room is not hanging
+        self._watch.rest(DRAWING)  # waiting for room is not hanging
         self._finishing.acquire()
         self._finishers.submit(self._finish, job, result)
 
@@ -281,7 +290,9 @@ class Worker:
             with self._ending(job):
                 if isinstance(result, BaseException):
                     raise result
-                image = result()
+                self._watch.step(job)
+                image = result()  # it may still be drawn
+                self._watch.rest(job)
                 self._moderation.check_image(image, strict=job.task.strict_moderation)
                 if ending.complete(job, image) is not None:
                     self._count_image()
@@ -301,6 +312,7 @@ class Worker:
                 # The lease runs out, and the repairs finish the work.
                 logger.exception("task.not_ended")
             finally:
+                self._watch.rest(job)
                 self._leases.release(job.held)
                 with self._changed:
                     self._in_hand.discard(job)
@@ -360,18 +372,21 @@ class Worker:
             self._images.append(time.monotonic())
             self._images_total += 1
 
-    def _hung(self) -> None:
+    def _hung(self, what: set[Hashable]) -> None:
         """Hand back what is held, and end this process."""
         logger.critical("worker.gpu_hangs", timeout_s=settings.step_timeout_s)
-        last_words = threading.Thread(target=self._let_go_of_all, daemon=True)
+        last_words = threading.Thread(target=self._let_go_of_all, args=(what,), daemon=True)
         last_words.start()
         last_words.join(LAST_WORDS_S)
         self._on_hang()
 
-    def _let_go_of_all(self) -> None:
+    def _let_go_of_all(self, hung: set[Hashable]) -> None:
         with self._changed:
-            drawing, others = list(self._drawing), self._in_hand - set(self._drawing)
-        for job in drawing:
+            guilty = {job for job in self._in_hand if job in hung}
+            if DRAWING in hung:
+                guilty.update(self._drawing)
+            others = self._in_hand - guilty
+        for job in guilty:
             # Whatever hangs a GPU must not hang one after the other for ever.
             ending.lose(job)
         for job in others:

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -106,18 +107,28 @@ class EncoderRewriter:
 
     @torch.inference_mode()
     def _write(self, read: list[int], pen: "_Pen") -> None:
-        tokens = torch.tensor([read], device=self._model.device)
-        self._model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            generation_config=GenerationConfig(
-                do_sample=False,  # the pen has chosen
-                max_new_tokens=pen.tokens_max,
-                eos_token_id=pen.ends,
-                pad_token_id=pen.ends[0],
-            ),
-            logits_processor=[pen],
-        )
+        device = self._model.device
+        with _queue_of_its_own(device):
+            tokens = torch.tensor([read], device=device)
+            self._model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                generation_config=GenerationConfig(
+                    do_sample=False,  # the pen has chosen
+                    max_new_tokens=pen.tokens_max,
+                    eos_token_id=pen.ends,
+                    pad_token_id=pen.ends[0],
+                ),
+                logits_processor=[pen],
+            )
+
+
+def _queue_of_its_own(device: torch.device) -> AbstractContextManager[Any]:
+    """Beside the one that draws, and before it: there, every token would wait for a whole step."""
+    if device.type != "cuda":
+        return nullcontext()
+    own = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+    return torch.cuda.stream(own)
 
 
 def language_model(text_encoder: Any) -> Any:
