@@ -75,18 +75,18 @@ def test_one_of_four_workers_is_killed_and_nothing_is_lost(
             drawing = select(Task.worker).where(Task.status == TaskStatus.PROCESSING).distinct()
             return len(session.scalars(drawing).all()) == 4
 
-    submitted = [submit(customer) for _ in range(40)]
+    submitted = [submit(customer) for _ in range(20)]
     with process("api.courier"), ExitStack() as stack:
         workers = [stack.enter_context(sleeper("--step-s", "0.03")) for _ in range(4)]
         wait_until(lambda: queue.workers() == 4)
-        submitted += [submit(customer) for _ in range(20)]
+        submitted += [submit(customer) for _ in range(12)]
         wait_until(all_draw)
         workers[0].kill()
         workers[0].wait()
-        wait_until(all_completed(60))
+        wait_until(all_completed(32))
 
     assert charged() == sorted(task.id for task in submitted)
-    assert customer.books() == (1500 - 60 * 15, 0)
+    assert customer.books() == (1500 - 32 * 15, 0)
     with transaction() as session:
         lost = session.scalars(select(Task.losses).where(Task.losses > 0)).all()
         by = session.scalars(select(Task.worker).distinct()).all()

@@ -333,7 +333,7 @@ def test_the_service_comes_up_survives_kills_and_leaves_nothing(folder: Path) ->
 
         running = processes(folder)
         assert running.keys() == {"", "postgres", "valkey", "s3", "api", "worker", "courier"}
-        for name in ("worker", "postgres"):
+        for name in ("courier", "postgres"):
             running[name].kill()
             until(partial(restarted, folder, running[name], name))
             assert http.get("/health").status_code == 200

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     Submit = Callable[..., Task]
 
 
+SLEEPER = ("benchmarks.sleeper",)
+"""A worker in everything but the drawing, and quick to start."""
+
+
 @contextmanager
 def process(*module: str) -> Iterator[subprocess.Popen[bytes]]:
     """`python -m module`, which is ended at the end if it still runs."""
@@ -70,14 +74,13 @@ def charged() -> list[str]:
 def test_a_worker_killed_in_the_middle_and_redis_emptied_lose_nothing(
     customer: Customer, submit: Submit
 ) -> None:
-    submitted = [submit(customer, width=1024, height=1024)]
-    submitted += [submit(customer, width=256, height=256) for _ in range(20)]
+    submitted = [submit(customer) for _ in range(21)]
     with process("api.courier"):
-        with process("worker") as worker:
+        with process(*SLEEPER, "--step-s", "0.5") as worker:
             wait_until(drawing)
             worker.send_signal(signal.SIGKILL)
             worker.wait()
-        with process("worker"):
+        with process(*SLEEPER, "--step-s", "0.01"):
             wait_until(lambda: TaskStatus.COMPLETED in statuses())
             queue.connection.flushall()
             wait_until(all_completed(21))
@@ -94,8 +97,8 @@ def test_a_worker_that_is_told_to_stop_finishes_its_task_first(
     customer: Customer, submit: Submit
 ) -> None:
     for _ in range(2):
-        submit(customer, width=1024, height=1024)
-    with process("worker") as worker:
+        submit(customer)
+    with process(*SLEEPER, "--step-s", "0.2") as worker:
         wait_until(drawing)
         worker.send_signal(signal.SIGTERM)
         assert worker.wait() == 0
