@@ -14,9 +14,9 @@ help: ## Show this list
 up: .venv/installed ## Run the whole service here until Ctrl-C
 	@$(BIN)/python -m deploy.local
 
-# Three processes, each with servers of its own; who is done first takes tests from the others.
+# Two processes, each with servers of its own; who is done first takes tests from the other.
 test: .venv/installed ## Run the tests
-	@$(BIN)/pytest -n 3 --dist worksteal
+	@$(BIN)/pytest -n 2 --dist worksteal
 
 lint: .venv/installed ## Check format, rules, types and who imports whom
 	@$(BIN)/ruff format --check .

@@ -77,12 +77,15 @@ def _schema() -> None:
 @pytest.fixture(autouse=True)
 def _empty() -> None:
     """Every test begins with nothing in the database and nothing in Redis."""
-    tables = ", ".join(set(Base.metadata.tables) - {"fair_clock"})
+    tables = set(Base.metadata.tables) - {"fair_clock"}
     with engine.begin() as connection:
         # Every other row belongs to an account, and half of the tests need none.
         if connection.scalar(select(Account.id).limit(1)) is not None:
-            connection.execute(text(f"TRUNCATE {tables} RESTART IDENTITY CASCADE"))
+            # Without triggers, one of which forbids this; TRUNCATE takes ten times as long.
+            emptying = "; ".join(f"DELETE FROM {table}" for table in tables)
+            connection.execute(text(f"SET LOCAL session_replication_role = replica; {emptying}"))
             connection.execute(text("UPDATE fair_clock SET virtual_now = 0"))
+            connection.execute(text("ALTER TABLE ledger_entries ALTER id RESTART"))
     queue.connection.flushdb()
 
 

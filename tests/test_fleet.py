@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from sqlalchemy import select
@@ -15,7 +11,7 @@ from sqlalchemy import select
 from storage import queue
 from storage.database import transaction
 from storage.models import Task, TaskStatus
-from tests.test_processes import all_completed, charged, process, statuses, wait_until
+from tests.test_processes import SLEEPER, all_completed, charged, process, statuses, wait_until
 from worker.stages import EXIT_HUNG
 
 if TYPE_CHECKING:
@@ -24,30 +20,16 @@ if TYPE_CHECKING:
     Submit = Callable[..., Task]
 
 
-@contextmanager
-def sleeper(*arguments: str, **env: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A worker whose pipeline only sleeps."""
-    child = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.sleeper", *arguments], env=os.environ | env
-    )
-    try:
-        yield child
-    finally:
-        if child.poll() is None:
-            child.send_signal(signal.SIGTERM)
-        child.wait()
-
-
 def test_a_hung_gpu_ends_its_worker_and_its_task_is_drawn_elsewhere(
     customer: Customer, submit: Submit
 ) -> None:
     submitted = [submit(customer) for _ in range(2)]
-    with sleeper("--step-s", "0.01", "--hang-at", "3", ZIMAGE_STEP_TIMEOUT_S="1") as hung:
+    with process(SLEEPER, "--step-s", "0.01", "--hang-at", "3", ZIMAGE_STEP_TIMEOUT_S="1") as hung:
         assert hung.wait() == EXIT_HUNG
     # Given back by the process itself, before any lease ran out.
     assert statuses() == [TaskStatus.PENDING] * 2
 
-    with sleeper("--step-s", "0.01"):
+    with process(SLEEPER, "--step-s", "0.01"):
         wait_until(all_completed(2))
 
     assert charged() == sorted(task.id for task in submitted)
@@ -60,7 +42,7 @@ def test_a_task_that_hangs_every_gpu_fails_uncharged(customer: Customer, submit:
     task = submit(customer)
     with transaction() as session:
         session.get_one(Task, task.id).losses = 2  # it has hung two already
-    with sleeper("--hang-at", "1", ZIMAGE_STEP_TIMEOUT_S="0.5") as hung:
+    with process(SLEEPER, "--hang-at", "1", ZIMAGE_STEP_TIMEOUT_S="0.5") as hung:
         assert hung.wait() == EXIT_HUNG
 
     assert customer.task(task.id).error_code == "WorkerLost"
@@ -77,7 +59,7 @@ def test_one_of_four_workers_is_killed_and_nothing_is_lost(
 
     submitted = [submit(customer) for _ in range(20)]
     with process("api.courier"), ExitStack() as stack:
-        workers = [stack.enter_context(sleeper("--step-s", "0.03")) for _ in range(4)]
+        workers = [stack.enter_context(process(SLEEPER, "--step-s", "0.03")) for _ in range(4)]
         wait_until(lambda: queue.workers() == 4)
         submitted += [submit(customer) for _ in range(12)]
         wait_until(all_draw)

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     Submit = Callable[..., Task]
 
 
-SLEEPER = ("benchmarks.sleeper",)
+SLEEPER = "benchmarks.sleeper"
 """A worker in everything but the drawing, and quick to start."""
 
 
 @contextmanager
-def process(*module: str) -> Iterator[subprocess.Popen[bytes]]:
+def process(*module: str, **env: str) -> Iterator[subprocess.Popen[bytes]]:
     """`python -m module`, which is ended at the end if it still runs."""
-    child = subprocess.Popen([sys.executable, "-m", *module])
+    child = subprocess.Popen([sys.executable, "-m", *module], env=os.environ | env)
     try:
         yield child
     finally:
@@ -76,11 +76,11 @@ def test_a_worker_killed_in_the_middle_and_redis_emptied_lose_nothing(
 ) -> None:
     submitted = [submit(customer) for _ in range(21)]
     with process("api.courier"):
-        with process(*SLEEPER, "--step-s", "0.5") as worker:
+        with process(SLEEPER, "--step-s", "0.5") as worker:
             wait_until(drawing)
             worker.send_signal(signal.SIGKILL)
             worker.wait()
-        with process(*SLEEPER, "--step-s", "0.01"):
+        with process(SLEEPER, "--step-s", "0.01"):
             wait_until(lambda: TaskStatus.COMPLETED in statuses())
             queue.connection.flushall()
             wait_until(all_completed(21))
@@ -98,7 +98,7 @@ def test_a_worker_that_is_told_to_stop_finishes_its_task_first(
 ) -> None:
     for _ in range(2):
         submit(customer)
-    with process(*SLEEPER, "--step-s", "0.2") as worker:
+    with process(SLEEPER, "--step-s", "0.2") as worker:
         wait_until(drawing)
         worker.send_signal(signal.SIGTERM)
         assert worker.wait() == 0
