@@ -22,7 +22,24 @@ from worker.settings import settings
 from worker.stages import Worker
 
 
-class Sleeper:
+class Unbatched:
+    """What a pipeline is that draws one image after the other, and reads a prompt byte by byte."""
+
+    def read(self, prompt: str) -> Reading:
+        tokens = tuple(prompt.encode())
+        return Reading(tokens, len(tokens))
+
+    def batch_max(self, width: int, height: int, steps: int) -> int:
+        return 1
+
+    def draw(self, drawings: Sequence[Drawing]) -> list[Picture | BaseException]:
+        return [self._drawn(drawing) for drawing in drawings]
+
+    def _drawn(self, drawing: Drawing) -> Picture | BaseException:
+        raise NotImplementedError
+
+
+class Sleeper(Unbatched):
     """Takes `step_s` seconds for a step, whatever the batch, and gives one colour.
 
     With `hang_at` it never ends that step.
@@ -34,16 +51,6 @@ class Sleeper:
         self._step_s = step_s
         self._hang_at = hang_at
         self._trace = trace
-
-    def read(self, prompt: str) -> Reading:
-        tokens = tuple(prompt.encode())
-        return Reading(tokens, len(tokens))
-
-    def batch_max(self, width: int, height: int, steps: int) -> int:
-        return 1
-
-    def draw(self, drawings: Sequence[Drawing]) -> list[Picture | BaseException]:
-        return [self._drawn(drawing) for drawing in drawings]
 
     def _drawn(self, drawing: Drawing) -> Picture | BaseException:
         began = time.monotonic()

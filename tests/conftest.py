@@ -6,7 +6,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
@@ -51,11 +51,12 @@ from rq.serializers import JSONSerializer  # noqa: E402
 from sqlalchemy import func, select, text  # noqa: E402
 
 from api.app import create_app  # noqa: E402
+from benchmarks.sleeper import Unbatched  # noqa: E402
 from storage import accounts, ledger, objects, queue, tasks  # noqa: E402
 from storage.database import engine, transaction  # noqa: E402
 from storage.models import Account, Base, ImageFormat, LedgerEntry, Task  # noqa: E402
 from worker import generate, moderation  # noqa: E402
-from worker.drawing import Drawing, Picture, Pipeline, Reading, Rewriter  # noqa: E402
+from worker.drawing import Drawing, Picture, Pipeline, Rewriter  # noqa: E402
 from worker.settings import settings  # noqa: E402
 from worker.stages import Worker  # noqa: E402
 
@@ -209,7 +210,7 @@ class Paint:
 DrawOne = Callable[..., Image.Image]
 
 
-class OneByOne:
+class OneByOne(Unbatched):
     """The pipeline of a function that draws one image and knows no batches.
 
     It is called with the prompt and `width`, `height`, `seed`, `steps`, and an `on_step` of
@@ -218,16 +219,6 @@ class OneByOne:
 
     def __init__(self, draw_one: DrawOne) -> None:
         self._draw_one = draw_one
-
-    def read(self, prompt: str) -> Reading:
-        tokens = tuple(prompt.encode())
-        return Reading(tokens, len(tokens))
-
-    def batch_max(self, width: int, height: int, steps: int) -> int:
-        return 1
-
-    def draw(self, drawings: Sequence[Drawing]) -> list[Picture | BaseException]:
-        return [self._drawn(drawing) for drawing in drawings]
 
     def _drawn(self, drawing: Drawing) -> Picture | BaseException:
         try:

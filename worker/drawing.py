@@ -8,6 +8,9 @@ from PIL.Image import Image
 
 from storage.tasks import Rewrite
 
+SIDE_STEP_PX = 16
+"""The model draws sides in multiples of this: the VAE's factor 8, times patches of 2."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:

@@ -15,15 +15,12 @@ from diffusers import ZImagePipeline
 from storage.errors import ResourceExhausted
 from storage.tasks import STEPS
 from worker.ahead import Pace, picture_of
-from worker.drawing import Drawing, Picture, Reading
+from worker.drawing import SIDE_STEP_PX, Drawing, Picture, Reading
 from worker.memory import Ladder, Offload, let_go, measure_mb, rungs
 from worker.reading import Reader
 
 GUIDANCE = 0.0
 """Distilled without classifier-free guidance: anything else costs twice and degrades the image."""
-
-SIDE_STEP_PX = 16
-"""The pipeline draws sides in multiples of this: the VAE's factor 8, times patches of 2."""
 
 BATCH_GAIN_MIN = 0.05
 """A larger batch must save this share of the time per image: it also makes its first image wait."""

@@ -29,7 +29,7 @@ from storage.database import transaction
 from storage.errors import ResourceExhausted, RewriteFailed
 from storage.models import Task
 from worker import ending
-from worker.drawing import Drawing, Picture, Pipeline, Rewriter
+from worker.drawing import SIDE_STEP_PX, Drawing, Picture, Pipeline, Rewriter
 from worker.ending import Job
 from worker.leases import ClaimLost, HandBack, Leases
 from worker.settings import settings
@@ -47,7 +47,6 @@ EXIT_HUNG = 70
 DRAWING = "drawing"
 """What is watched beside single jobs."""
 DOWNSCALED_AREA_PX = 512 * 512
-SIDE_STEP_PX = 16
 RATE_WINDOW_S = 60
 
 logger = structlog.get_logger()
