@@ -111,6 +111,12 @@ class TooManyUnfinished(ServiceError):
     retry_after_s = 5
 
 
+class BacklogFull(ServiceError):
+    """Too many tasks wait in the whole service at the moment, please try again later."""
+
+    retry_after_s = 30
+
+
 # --- What was asked for is not there, or not any more as expected --------------------------------
 
 
@@ -136,6 +142,10 @@ class IdempotencyConflict(ServiceError):
 
 class DeliveryNotFound(ServiceError):
     """There is no callback with this id."""
+
+
+class TaskInUse(ServiceError):
+    """Only a task that has ended can be deleted: cancel it first."""
 
 
 class NotPending(ServiceError):

@@ -24,6 +24,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from storage.sealing import unseal
+
 
 class TaskStatus(StrEnum):
     PENDING = "pending"
@@ -113,11 +115,22 @@ class Account(Base):
     suspended: Mapped[bool] = mapped_column(default=False)
     virtual_finish: Mapped[float] = mapped_column(default=0.0)
     """Where this account's last task ends in virtual time; see `storage.fairness`."""
-    callback_secret: Mapped[str]
-    callback_secret_before: Mapped[str | None]
-    """The secret that was replaced; signs as well until `callback_secret_before_until`."""
+    sealed_callback_secret: Mapped[str] = mapped_column("callback_secret")
+    """By `storage.sealing`, as is the next."""
+    sealed_callback_secret_before: Mapped[str | None] = mapped_column("callback_secret_before")
     callback_secret_before_until: Mapped[datetime | None]
     created_at: Mapped[datetime] = mapped_column(server_default=func.clock_timestamp())
+
+    @property
+    def callback_secret(self) -> str:
+        """What signs callbacks. Raises: CannotUnseal."""
+        return unseal(self.sealed_callback_secret)
+
+    @property
+    def callback_secret_before(self) -> str | None:
+        """The secret that was replaced; signs as well until `callback_secret_before_until`."""
+        before = self.sealed_callback_secret_before
+        return None if before is None else unseal(before)
 
 
 class ApiKey(Base):
@@ -150,8 +163,20 @@ class Task(Base):
     __table_args__ = (
         CheckConstraint("progress BETWEEN 0 AND 100", name="progress_is_percent"),
         CheckConstraint("(status = 'processing') = (lease_until IS NOT NULL)", name="lease"),
-        CheckConstraint("(status = 'completed') = (image_key IS NOT NULL)", name="image"),
+        # An erased task keeps the key of its image until the image is deleted.
+        CheckConstraint(
+            "CASE WHEN erased_at IS NULL THEN (status = 'completed') = (image_key IS NOT NULL)"
+            " ELSE status = 'completed' OR image_key IS NULL END",
+            name="image",
+        ),
         CheckConstraint("(status = 'failed') = (error_code IS NOT NULL)", name="error"),
+        CheckConstraint("losses BETWEEN 0 AND attempt", name="losses_are_of_attempts"),
+        CheckConstraint(
+            "erased_at IS NULL OR finished_at IS NOT NULL AND prompt = '' AND seed = 0"
+            " AND num_nonnulls(rewritten_prompt, reasoning, aspect_ratio, callback_url, request_id,"
+            " image_url, image_sha256, error_message) = 0",
+            name="erased_holds_nothing",
+        ),
         # Each look of claim, repair and customer has its own index, small because partial.
         Index("ix_tasks_fair", "fair_tag", "id", postgresql_where=text("status = 'pending'")),
         Index("ix_tasks_lease", "lease_until", postgresql_where=text("status = 'processing'")),
@@ -164,6 +189,24 @@ class Task(Base):
         ),
         Index("ix_tasks_account", "account_id", "created_at", "id"),
         Index("ix_tasks_newest", "created_at", "id"),
+        # Without it an account's list would wade through all that it ever had.
+        Index(
+            "ix_tasks_shown",
+            "account_id",
+            "created_at",
+            "id",
+            postgresql_where=text("erased_at IS NULL"),
+        ),
+        Index(
+            "ix_tasks_to_erase",
+            "finished_at",
+            postgresql_where=text("erased_at IS NULL AND finished_at IS NOT NULL"),
+        ),
+        Index(
+            "ix_tasks_image_to_delete",
+            "id",
+            postgresql_where=text("erased_at IS NOT NULL AND image_key IS NOT NULL"),
+        ),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -236,6 +279,8 @@ class Task(Base):
     created_at: Mapped[datetime]
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
+    erased_at: Mapped[datetime | None]
+    """Since then nothing is left of what the customer wrote or got; see `storage.erasure`."""
 
     @property
     def downscaled(self) -> bool:
@@ -255,6 +300,7 @@ class LedgerEntry(Base):
     __table_args__ = (
         UniqueConstraint("account_id", "idempotency_key"),
         CheckConstraint("(kind = 'charge') = (task_id IS NOT NULL)", name="charge_has_task"),
+        CheckConstraint("(kind = 'grant') = (amount > 0)", name="sign"),
         Index("ix_ledger_entries_account", "account_id", "id"),
         Index("ix_ledger_entries_given", "account_id", postgresql_where=text("kind <> 'charge'")),
     )
@@ -279,6 +325,9 @@ class Delivery(Base):
 
     __tablename__ = "deliveries"
     __table_args__ = (
+        # As many as RETRIES_S in storage.deliveries allows.
+        CheckConstraint("attempts BETWEEN 0 AND 4", name="attempts_bounded"),
+        CheckConstraint("state <> 'waiting' OR attempts < 4", name="waits_for_an_attempt"),
         Index("ix_deliveries_due", "next_attempt_at", postgresql_where=text("state = 'waiting'")),
         Index("ix_deliveries_account", "account_id", "created_at"),
     )
@@ -329,6 +378,7 @@ class RememberedRequest(Base):
             postgresql_where=text("idempotency_key IS NULL"),
         ),
         Index("ix_remembered_requests_created_at", "created_at"),
+        Index("ix_remembered_requests_tasks", "task_ids", postgresql_using="gin"),
     )
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(), primary_key=True)
@@ -351,3 +401,20 @@ class FairClock(Base):
 
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     virtual_now: Mapped[float]
+
+
+class BooksCheck(Base):
+    """The one row that says what the last look at all the books found; see `storage.books`."""
+
+    __tablename__ = "books_checks"
+    __table_args__ = (CheckConstraint("id = 1", name="one_row"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    checked_at: Mapped[datetime]
+    took_s: Mapped[float]
+    accounts: Mapped[int]
+    faults: Mapped[int]
+    completed: Mapped[int] = mapped_column(BigInteger)
+    failed: Mapped[int] = mapped_column(BigInteger)
+    cancelled: Mapped[int] = mapped_column(BigInteger)
+    callbacks_given_up: Mapped[int] = mapped_column(BigInteger)

@@ -5,7 +5,7 @@ Keys are unguessable and begin with their hour, so that a listing shows the olde
 
 import hashlib
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 PREFIX = "images/"
 CONTENT_TYPES = {image_format: f"image/{image_format}" for image_format in ImageFormat}
 
-CONNECT_TIMEOUT_S = 5
-READ_TIMEOUT_S = 20
+CONNECT_TIMEOUT_S = 3
+READ_TIMEOUT_S = 10
 ATTEMPTS_MAX = 3
+"""One call takes no longer than about ATTEMPTS_MAX times READ_TIMEOUT_S with a store that hangs."""
 POOL_SIZE = 32
 DELETE_MAX = 1000
 """Keys in one DeleteObjects call; S3 takes no more."""
@@ -81,6 +82,22 @@ def url(key: str) -> tuple[str, datetime]:
     return signed, expires_at
 
 
+def delete(keys: Sequence[str]) -> set[str]:
+    """Delete at most DELETE_MAX images; returns the keys of those that are still there.
+
+    One that is not there is as good as deleted. Raises: StorageUnavailable.
+    """
+    if not keys:
+        return set()
+    with _translated():
+        answer = _client().delete_objects(
+            Bucket=settings.s3_bucket,
+            Delete={"Objects": [{"Key": key} for key in keys], "Quiet": True},
+        )
+    # Refused key by key, under a status of 200.
+    return {error["Key"] for error in answer.get("Errors", [])}
+
+
 def delete_older_than(age: timedelta) -> int:
     """Delete every image that was stored longer than `age` ago; returns how many there were.
 
@@ -91,15 +108,12 @@ def delete_older_than(age: timedelta) -> int:
     deleted = 0
     with _translated():
         pages = _client().get_paginator("list_objects_v2")
-        for page in pages.paginate(Bucket=settings.s3_bucket, Prefix=PREFIX):
+        for page in pages.paginate(
+            Bucket=settings.s3_bucket, Prefix=PREFIX, PaginationConfig={"PageSize": DELETE_MAX}
+        ):
             found = page.get("Contents", [])
             old = [item["Key"] for item in found if item["LastModified"] < before]
-            if old:
-                _client().delete_objects(
-                    Bucket=settings.s3_bucket,
-                    Delete={"Objects": [{"Key": key} for key in old], "Quiet": True},
-                )
-                deleted += len(old)
+            deleted += len(old) - len(delete(old))
             # The oldest come first: after a page with a young image there are only younger ones,
             # except within the same hour, for which there is the next time.
             if len(old) < len(found):

@@ -5,14 +5,17 @@ A lost job     more tasks pending than jobs waiting    the bell is rung for the 
 A lost worker  processing, its lease run out           pending again; after the last time failed
 A deadline     unfinished, its deadline over           cancelled, uncharged
 An old image   in the bucket longer than its URL lives deleted, known to a task or not
+An old task    ended longer ago than its data live     erased
+A deleted one  erased, its image still in the bucket   deleted from there as well
 """
 
+from collections.abc import Mapping
 from datetime import timedelta
 
 import structlog
 from redis.exceptions import RedisError
 
-from storage import events, fairness, idempotency, objects, queue, tasks
+from storage import erasure, events, fairness, idempotency, objects, queue, tasks
 from storage.database import transaction
 from storage.errors import StorageUnavailable, TaskEnded
 from storage.models import TaskStatus
@@ -24,6 +27,10 @@ OVERDUE_MAX = 500
 """Tasks that one look cancels because of their deadlines."""
 FORGOTTEN_MAX = 10_000
 """Remembered requests that one look forgets."""
+ERASED_MAX = 500
+"""Tasks that are erased in one transaction: it holds their rows, so it must be short."""
+ERASURES_MAX = 200
+"""Such transactions in one look."""
 IMAGE_GRACE_S = 60
 """An image outlives its URL by this much, for downloads that began in its last second."""
 
@@ -100,3 +107,44 @@ def old_images() -> int:
     if deleted:
         logger.info("images.deleted", images=deleted)
     return deleted
+
+
+def old_tasks() -> int:
+    """Erase what was in tasks whose time is over. Returns how many."""
+    erased = 0
+    for _ in range(ERASURES_MAX):
+        with transaction() as session:
+            now = erasure.erase_due(session, ERASED_MAX)
+        erased += now
+        if now < ERASED_MAX:
+            break
+    if erased:
+        logger.info("tasks.erased", tasks=erased)
+    return erased
+
+
+def unwanted_images() -> int:
+    """Delete the images of tasks that their owners had erased. Returns how many."""
+    with transaction() as session:
+        images = erasure.images_to_delete(session, objects.DELETE_MAX)
+    return delete_images(images)
+
+
+def delete_images(images: Mapping[str, str]) -> int:
+    """Delete the images of erased tasks, keys by task. Returns how many.
+
+    What cannot be deleted now stays noted on its task, for `unwanted_images`.
+    """
+    if not images:
+        return 0
+    try:
+        left = objects.delete(list(images.values()))
+    except StorageUnavailable as error:
+        logger.warning("repair.images_unreachable", error=str(error.__cause__))
+        return 0
+    if left:
+        logger.warning("repair.images_not_deleted", images=len(left))
+    deleted = {task_id: key for task_id, key in images.items() if key not in left}
+    with transaction() as session:
+        erasure.note_deleted(session, deleted)
+    return len(deleted)

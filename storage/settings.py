@@ -66,6 +66,9 @@ class StorageSettings(BaseSettings):
 
     image_ttl_s: int = Field(default=24 * 3600, ge=1, le=7 * 24 * 3600)
     """How long an image lives, and its URL. Seven days is the most that S3 can sign."""
+    task_data_ttl_s: int = Field(default=24 * 3600, ge=1, le=366 * 24 * 3600)
+    """How long after its end a task can be asked for; then it is erased, but never before its
+    image."""
 
     price_credits: Decimal = Field(default=Decimal(15), ge=0, max_digits=18, decimal_places=6)
     """Credits per image; fixed on a task when it is submitted."""
@@ -75,6 +78,8 @@ class StorageSettings(BaseSettings):
     """An image whose prompt is rewritten costs this many times `price_credits`."""
     unfinished_max: int = Field(default=1000, ge=1)
     """Unfinished tasks that a new account may have, unless its operator says otherwise."""
+    backlog_max: int = Field(default=100_000, ge=1)
+    """Tasks that may wait in the whole service; more are refused before anything is reserved."""
     group_weights: dict[str, Annotated[float, Field(gt=0)]] = {}
     """User group to its share of the GPUs; a group that is not named weighs 1."""
 

@@ -451,8 +451,10 @@ def overdue(session: Session, limit: int) -> list[str]:
 
 
 def find_many(session: Session, asked: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Task]:
-    """Tasks by (account id, task id); an id of another account is not found."""
-    rows = session.scalars(select(Task).where(Task.id.in_([task_id for _, task_id in asked])))
+    """Tasks by (account id, task id); one that is another account's, or erased, is not found."""
+    rows = session.scalars(
+        select(Task).where(Task.id.in_([task_id for _, task_id in asked]), Task.erased_at.is_(None))
+    )
     found = {(task.account_id, task.id): task for task in rows}
     return {key: found[key] for key in asked if key in found}
 
@@ -487,8 +489,11 @@ class Filter:
 
 
 def page(session: Session, which: Filter, *, offset: int, limit: int) -> tuple[list[Task], int]:
-    """A page of an account's tasks, newest first, and how many there are: at most LIST_MAX."""
-    query = select(Task).where(Task.account_id == which.account_id)
+    """A page of an account's tasks, newest first, and how many there are: at most LIST_MAX.
+
+    Erased ones are not among them.
+    """
+    query = select(Task).where(Task.account_id == which.account_id, Task.erased_at.is_(None))
     if which.statuses is not None:
         query = query.where(Task.status.in_(which.statuses))
     if which.model is not None:

@@ -1,6 +1,8 @@
-"""What we add under EvoLink's prefix: cancelling, events, the callback secret and the delivery log.
+"""What we add under EvoLink's prefix: cancelling, deleting, events, the callback secret and the
+delivery log.
 
-All of it serves tasks of every dialect. `POST /v1/tasks/{id}/cancel`, `GET /v1/tasks/{id}/events`,
+All of it serves tasks of every dialect. `POST /v1/tasks/{id}/cancel`, `DELETE /v1/tasks/{id}`,
+`GET /v1/tasks/{id}/events`,
 `GET /v1/callbacks`, `POST /v1/callbacks/{id}/redeliver`, `POST /v1/callbacks/redeliver`,
 `GET /v1/callbacks/secret` and `POST /v1/callbacks/secret/rotate`.
 """
@@ -10,6 +12,9 @@ from contextlib import aclosing
 from datetime import timedelta
 from typing import Annotated, Any
 
+import anyio
+import anyio.to_thread
+import structlog
 from fastapi import Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.sse import format_sse_event
@@ -24,7 +29,7 @@ from api.dialects.evolink import answers
 from api.dialects.evolink.refusals import render_query_error
 from api.dialects.evolink.routes import TaskId, answer_with, check_form, render_state
 from api.waiting import Waiting
-from storage import accounts, deliveries, errors, events, tasks
+from storage import accounts, deliveries, erasure, errors, events, repair, tasks
 from storage.database import transaction
 from storage.deliveries import Filter
 from storage.models import DeliveryState
@@ -32,8 +37,12 @@ from storage.models import DeliveryState
 SECRET_OVERLAP = timedelta(days=1)
 REDELIVER_MAX = 100
 """Callbacks that one call asks for again."""
+IMAGE_TIMEOUT_S = 5
+"""How long the answer to a DELETE waits for the image store."""
 RECONNECT_MS = 2000
 """After how long a browser comes back to a stream that broke."""
+
+logger = structlog.get_logger()
 
 router = routing.dialect_router(render_query_error, admit_read)
 
@@ -45,6 +54,37 @@ async def cancel_task(request: Request, task_id: TaskId, caller: Caller) -> Resp
     """
     check_form(task_id)
     return await answer_with(request, await orders.cancel(request, caller, task_id))
+
+
+@router.delete("/v1/tasks/{task_id}", summary="Delete a task (our extension)")
+async def delete_task(task_id: TaskId, caller: Caller) -> Response:
+    """Erases what you wrote and its image, for ever; what it cost stays on your bill. A task that
+    has not ended answers 409, to be cancelled first, and so does one whose callback is still owed:
+    it is told, or given up, within a minute. Deleting it once more answers the same.
+    """
+    check_form(task_id)
+    if not tasks.is_id(task_id):
+        raise errors.TaskNotFound
+    if not caller.may_use(tasks.MODEL):
+        raise errors.ModelAccessDenied(tasks.MODEL)
+    image_key = await run_in_threadpool(_erase, task_id, caller.account_id)
+    if image_key is not None:
+        # Whoever waits in vain has deleted it all the same: the repairs see to the image.
+        with anyio.move_on_after(IMAGE_TIMEOUT_S):
+            await anyio.to_thread.run_sync(
+                repair.delete_images,
+                {task_id: image_key},
+                abandon_on_cancel=True,
+                limiter=orders.FETCHES,
+            )
+    return JSON({"id": task_id, "object": "image.generation.task", "deleted": True})
+
+
+def _erase(task_id: str, account_id: str) -> str | None:
+    with transaction() as session:
+        image_key = erasure.erase(session, task_id, account_id)
+    logger.info("task.deleted", task_id=task_id, account_id=account_id)
+    return image_key
 
 
 @router.get(
