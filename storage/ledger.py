@@ -16,6 +16,7 @@ from sqlalchemy import func, select, text, update
 from sqlalchemy.orm import Session
 
 from storage import fairness
+from storage.backlog import backlog
 from storage.errors import (
     AccountNotFound,
     AccountSuspended,
@@ -26,7 +27,7 @@ from storage.errors import (
     WouldOverdraw,
     WouldOverflow,
 )
-from storage.models import Account, ApiKey, EntryKind, FairClock, LedgerEntry, Task
+from storage.models import Account, ApiKey, EntryKind, FairClock, LedgerEntry, Task, TaskStatus
 
 BALANCE_MAX = Decimal(10**12 - 1)
 """Credits on one account: what the column holds."""
@@ -55,6 +56,7 @@ def lock(session: Session, account_ids: Collection[str]) -> Locked:
 
     They are locked in the order of their ids, so that no two callers wait for each other.
     """
+    backlog.look(session)
     rows = session.execute(
         select(Account, select(FairClock.virtual_now).scalar_subquery(), func.clock_timestamp())
         .where(Account.id.in_(account_ids))
@@ -73,7 +75,7 @@ def reserve(
     `costs` are the tasks' shares of a GPU in virtual time. What is held is written with the
     caller's next flush.
 
-    Errors: AccountSuspended, TooManyUnfinished, InsufficientCredits.
+    Errors: AccountSuspended, TooManyUnfinished, InsufficientCredits, BacklogFull.
     """
     account = locked.accounts[account_id]
     fault = _refusal(account, price * len(costs), len(costs))
@@ -87,6 +89,7 @@ def reserve(
         tags.append(tag)
     account.reserved += price * len(costs)
     account.unfinished += len(costs)
+    backlog.take(len(costs))
     return Hold(tags, account.user_group)
 
 
@@ -97,7 +100,7 @@ def _refusal(account: Account, price: Decimal, tasks: int) -> ServiceError | Non
         return TooManyUnfinished()
     if account.balance - account.reserved < price:
         return InsufficientCredits()
-    return None
+    return backlog.refusal(tasks)
 
 
 def settle(session: Session, task: Task) -> None:
@@ -203,10 +206,13 @@ def grant(
 
 @dataclass(frozen=True, slots=True)
 class Books:
-    """What a look at all the books found: the number of accounts, and a line for every fault."""
+    """What a look at all the books found: the number of accounts, a line for every fault, and
+    what was counted on the way."""
 
     accounts: int
     faults: list[str]
+    ended: dict[TaskStatus, int]
+    callbacks_given_up: int
 
     @property
     def balanced(self) -> bool:
@@ -216,18 +222,35 @@ class Books:
 _BOOKS = text("""
     SELECT a.id, a.balance, a.reserved, a.unfinished,
            coalesce(e.entered, 0) AS entered,
+           coalesce((SELECT balance_after FROM ledger_entries WHERE account_id = a.id
+                      ORDER BY id DESC LIMIT 1), 0) AS last_said,
            coalesce(t.held, 0) AS held, coalesce(t.open, 0) AS open,
-           coalesce(t.uncharged, 0) AS uncharged, coalesce(t.overcharged, 0) AS overcharged
+           coalesce(t.uncharged, 0) AS uncharged,
+           coalesce(e.charges, 0) - coalesce(t.charged, 0) AS overcharged,
+           coalesce(t.untold, 0) AS untold,
+           coalesce(t.completed, 0) AS completed, coalesce(t.failed, 0) AS failed,
+           coalesce(t.cancelled, 0) AS cancelled, coalesce(t.given_up, 0) AS given_up
       FROM accounts a
-      LEFT JOIN (SELECT account_id, sum(amount) AS entered FROM ledger_entries GROUP BY 1) e
+      LEFT JOIN (SELECT account_id, sum(amount) AS entered,
+                        count(*) FILTER (WHERE kind = 'charge') AS charges
+                   FROM ledger_entries GROUP BY 1) e
              ON e.account_id = a.id
       LEFT JOIN (SELECT t.account_id,
                         sum(price) FILTER (WHERE status IN ('pending', 'processing')) AS held,
                         count(*) FILTER (WHERE status IN ('pending', 'processing')) AS open,
                         count(*) FILTER (WHERE status = 'completed'
                                            AND c.amount IS DISTINCT FROM -price) AS uncharged,
-                        count(c.id) FILTER (WHERE status <> 'completed') AS overcharged
-                   FROM tasks t LEFT JOIN ledger_entries c ON c.task_id = t.id
+                        count(c.id) FILTER (WHERE status = 'completed') AS charged,
+                        count(*) FILTER (WHERE status = 'completed') AS completed,
+                        count(*) FILTER (WHERE status = 'failed') AS failed,
+                        count(*) FILTER (WHERE status = 'cancelled') AS cancelled,
+                        count(*) FILTER (WHERE status NOT IN ('pending', 'processing')
+                                           AND callback_url IS NOT NULL
+                                           AND d.id IS NULL) AS untold,
+                        count(*) FILTER (WHERE d.state = 'gave_up') AS given_up
+                   FROM tasks t
+                   LEFT JOIN ledger_entries c ON c.task_id = t.id AND c.account_id = t.account_id
+                   LEFT JOIN deliveries d ON d.task_id = t.id
                   GROUP BY 1) t
              ON t.account_id = a.id
      ORDER BY a.id
@@ -236,14 +259,22 @@ _BOOKS = text("""
 
 def check_books(session: Session) -> Books:
     """Prove, for every account, that its balance is the sum of its entries, that its reservation
-    is the sum of the prices of its unfinished tasks, and that exactly its completed tasks are
-    charged. One statement, so one moment: it may run while others submit and settle.
+    is the sum of the prices of its unfinished tasks, that exactly its completed tasks are charged,
+    and that every end is told whose task asks for it. One statement, so one moment: it may run
+    while others submit and settle.
     """
     faults: dict[str, list[str]] = defaultdict(list)
+    ended = dict.fromkeys((TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED), 0)
+    given_up = 0
     rows = session.execute(_BOOKS).all()
     for row in rows:
+        for status in ended:
+            ended[status] += getattr(row, status)
+        given_up += row.given_up
         if row.balance != row.entered:
             faults[row.id].append(f"balance {row.balance}, but entries sum to {row.entered}")
+        elif row.balance != row.last_said:
+            faults[row.id].append(f"balance {row.balance}, but the last entry says {row.last_said}")
         if row.reserved != row.held:
             faults[row.id].append(f"reserved {row.reserved}, but unfinished tasks hold {row.held}")
         if row.unfinished != row.open:
@@ -252,9 +283,10 @@ def check_books(session: Session) -> Books:
             faults[row.id].append(f"{row.uncharged} completed tasks without their charge")
         if row.overcharged:
             faults[row.id].append(f"{row.overcharged} charges of tasks that did not complete")
-    return Books(
-        len(rows), [f"{account}: {fault}" for account in faults for fault in faults[account]]
-    )
+        if row.untold:
+            faults[row.id].append(f"{row.untold} ended tasks without the callback they owe")
+    lines = [f"{account}: {fault}" for account in faults for fault in faults[account]]
+    return Books(len(rows), lines, ended, given_up)
 
 
 def spent(session: Session, account: Account) -> Decimal:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -22,9 +21,10 @@ from storage.errors import KeyNotFound, WouldOverdraw
 from storage.models import Account, ApiKey, ImageFormat, LedgerEntry, Task
 
 if TYPE_CHECKING:
-    Command = Callable[..., list[list[str]]]
+    from tests.warm import Warm
 
-ROOT = Path(__file__).parent.parent
+    Command = Callable[..., list[list[str]]]
+    Process = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
@@ -39,18 +39,15 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
     return run
 
 
-def process(*argv: str, **changed: str | None) -> subprocess.CompletedProcess[str]:
-    """Run a command as a shell does; `changed` are variables, None takes one away."""
-    environment = {k: v for k, v in (os.environ | changed).items() if v is not None}
-    return subprocess.run(
-        [sys.executable, "-m", "api", *argv],
-        capture_output=True,
-        check=False,
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        timeout=60,
-    )
+@pytest.fixture
+def process(warm: Warm) -> Process:
+    """Run a command as a shell does; of the variables that are named, None takes one away."""
+
+    def run(*argv: str, **changed: str | None) -> subprocess.CompletedProcess[str]:
+        environment = {k: v for k, v in (os.environ | changed).items() if v is not None}
+        return warm.run("-m", "api", *argv, env=environment)
+
+    return run
 
 
 def sentence(result: subprocess.CompletedProcess[str]) -> str:
@@ -74,7 +71,7 @@ def key(key_id: str) -> ApiKey:
 # --- As a process ---------------------------------------------------------------------------------
 
 
-def test_a_missing_setting_is_one_sentence_that_names_it() -> None:
+def test_a_missing_setting_is_one_sentence_that_names_it(process: Process) -> None:
     said = sentence(process("list-accounts", ZIMAGE_DATABASE_URL=None))
 
     assert said == "The setting ZIMAGE_DATABASE_URL is not usable: Field required\n"
@@ -89,7 +86,7 @@ def test_a_missing_setting_is_one_sentence_that_names_it() -> None:
     ],
 )
 def test_a_malformed_setting_is_one_sentence_that_names_it_and_keeps_its_value(
-    name: str, value: str
+    name: str, value: str, process: Process
 ) -> None:
     said = sentence(process("list-accounts", **{name: value}))
 
@@ -97,13 +94,13 @@ def test_a_malformed_setting_is_one_sentence_that_names_it_and_keeps_its_value(
     assert "swordfish" not in said
 
 
-def test_a_port_that_is_none_is_one_sentence() -> None:
+def test_a_port_that_is_none_is_one_sentence(process: Process) -> None:
     said = sentence(process("serve", ZIMAGE_PORT="eight thousand"))
 
     assert said.startswith("The setting ZIMAGE_PORT is not usable: ")
 
 
-def test_a_database_that_does_not_answer_is_one_sentence() -> None:
+def test_a_database_that_does_not_answer_is_one_sentence(process: Process) -> None:
     away = "postgresql+psycopg://someone:swordfish@127.0.0.1:1/zimage"
 
     said = sentence(process("list-accounts", ZIMAGE_DATABASE_URL=away))
@@ -112,13 +109,13 @@ def test_a_database_that_does_not_answer_is_one_sentence() -> None:
     assert "swordfish" not in said
 
 
-def test_an_unknown_account_is_one_sentence() -> None:
+def test_an_unknown_account_is_one_sentence(process: Process) -> None:
     said = sentence(process("issue-key", "acct_nobody"))
 
     assert said == "There is no account with this id.\n"
 
 
-def test_image_urls_cannot_be_signed_with_credentials_that_end() -> None:
+def test_image_urls_cannot_be_signed_with_credentials_that_end(process: Process) -> None:
     said = sentence(
         process(
             "serve",
@@ -134,20 +131,22 @@ def test_image_urls_cannot_be_signed_with_credentials_that_end() -> None:
     assert "swordfish" not in said
 
 
-def test_check_books_succeeds_where_they_balance() -> None:
+def test_check_books_succeeds_where_they_balance(process: Process) -> None:
     result = process("check-books")
 
     assert (result.returncode, result.stdout, result.stderr) == (0, "0 accounts, 0 faults\n", "")
 
 
-def test_check_books_fails_where_they_do_not(command: Command) -> None:
+def test_check_books_fails_where_they_do_not(command: Command, process: Process) -> None:
     ((account_id,),) = command("create-account", "Ada")
     with engine.begin() as connection:
+        connection.execute(text("SET LOCAL session_replication_role = replica"))
         connection.execute(text("UPDATE accounts SET balance = 5"))
 
     result = process("check-books")
 
     with engine.begin() as connection:
+        connection.execute(text("SET LOCAL session_replication_role = replica"))
         connection.execute(text("UPDATE accounts SET balance = 0"))
     assert result.returncode == 1
     assert result.stdout == (

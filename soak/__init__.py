@@ -1,0 +1,1 @@
+"""The service under load, faults and nonsense for a long time; the suite runs a little of each."""
