@@ -29,6 +29,7 @@ from storage.errors import (
     GenerationTimeout,
     ModelAccessDenied,
     ServiceUnavailable,
+    StorageUnavailable,
     TaskCancelled,
     TaskEnded,
     TaskNotFound,
@@ -42,6 +43,9 @@ answered: only if the process that held the line is gone."""
 
 FETCHES = anyio.CapacityLimiter(16)
 """Images that are fetched from the store at a time: each is held in memory as a whole."""
+
+FETCH_TIMEOUT_S = 20
+"""How long a caller waits for the image store: for its turn, and for all of the bytes."""
 
 logger = structlog.get_logger()
 
@@ -160,10 +164,18 @@ def image_of(task: Task) -> str:
 
 
 async def bytes_of(task: Task) -> bytes:
-    """The file of a task's image. Raises: what `image_of` raises; StorageUnavailable."""
+    """The file of a task's image. Raises: what `image_of` raises; ServiceUnavailable."""
     image_of(task)
     try:
-        return await anyio.to_thread.run_sync(objects.get, task.image_key or "", limiter=FETCHES)
+        with anyio.fail_after(FETCH_TIMEOUT_S):
+            return await anyio.to_thread.run_sync(
+                objects.get, task.image_key or "", limiter=FETCHES, abandon_on_cancel=True
+            )
+    except (StorageUnavailable, TimeoutError) as error:
+        # Not as it is said of a task that ends by it: this one is drawn and paid for.
+        raise ServiceUnavailable(
+            f"The image of task {task.id} is drawn, but cannot be fetched at the moment"
+        ) from error
     except FileNotFoundError:
         raise TaskNotFound("The image has expired and was deleted.") from None
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as NotAnswered
 
 from storage import queue
 from storage.models import Task, TaskStatus
@@ -22,6 +23,9 @@ CANCELLED = "zimage:cancelled"
 """Besides CHANNEL, for workers: they need not read what moves elsewhere."""
 LISTEN_S = 0.5
 """How often a worker that listens looks whether it shall stop."""
+PING_S = 3.0
+"""Where nothing was heard for so long Redis is asked whether it lives, and then for as long again:
+one that hangs, or a network that is gone, looks like one at which nothing happens."""
 STOP_AGAIN_S = 0.1
 
 logger = structlog.get_logger()
@@ -68,7 +72,8 @@ def _publish(event: Event) -> None:
 
 def _tell(channel: str, message: str, task_id: str | None) -> None:
     try:
-        queue.connection.publish(channel, message)
+        with queue.asking():
+            queue.connection.publish(channel, message)
     except RedisError as error:
         logger.warning("events.publish_failed", task_id=task_id, error=str(error))
 
@@ -92,13 +97,27 @@ async def listen() -> AsyncIterator[Event]:
     Raises: RedisError, when the connection is lost.
     """
     client = Redis.from_url(
-        settings.redis_url.get_secret_value(), socket_connect_timeout=queue.CONNECT_TIMEOUT_S
+        settings.redis_url.get_secret_value(),
+        socket_connect_timeout=queue.CONNECT_TIMEOUT_S,
+        socket_timeout=queue.ANSWER_TIMEOUT_S,
+        # Whoever listens connects again by itself, and must first know that it heard nothing.
+        retry=None,
     )
     async with client, client.pubsub() as channel:
         await channel.subscribe(CHANNEL)
-        async for message in channel.listen():
-            subscribed = message["type"] == "subscribe"
-            yield Event() if subscribed else Event(**json.loads(message["data"]))
+        pinged = True  # to subscribe is to ask as well
+        while True:
+            message = await channel.get_message(timeout=PING_S)
+            if message is None and pinged:
+                raise NotAnswered("Redis is silent")
+            if message is None:
+                await channel.ping()
+            pinged = message is None
+            match message:
+                case {"type": "subscribe"}:
+                    yield Event()
+                case {"type": "message", "data": data}:
+                    yield Event(**json.loads(data))
 
 
 async def stop(listener: asyncio.Task[None]) -> None:

@@ -4,24 +4,30 @@ A job says that one more task waits, not which: that is decided when a GPU is fr
 Losing one costs a delay, never a task: the repairs ring for what is still pending.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import orjson
 import structlog
 from redis import Redis
 from redis.backoff import ConstantBackoff
+from redis.exceptions import ConnectionError as NotConnected
+from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as NotAnswered
 from redis.retry import Retry
 from rq import Queue
 from rq.serializers import JSONSerializer
 
 from storage.settings import settings
+from storage.silence import Silence, Silent
 
 NAME = "generate"
 GENERATE = "worker.generate.run"
 
 CONNECT_TIMEOUT_S = 2
-ANSWER_TIMEOUT_S = 5
+ANSWER_TIMEOUT_S = 2
+"""One caller waits so long for a Redis that hangs; nobody else does until it answers again."""
 RING_MAX = 1000
 """Jobs in one round trip: the bound on one pipeline, and on what one repair rings."""
 FAILURE_TTL_S = 7 * 24 * 3600
@@ -40,6 +46,19 @@ _FACTS = "zimage:workers:facts"
 
 logger = structlog.get_logger()
 
+server = Silence()
+"""What this process knows of Redis."""
+
+
+@contextmanager
+def asking() -> Iterator[None]:
+    """Ask Redis in this block. Raises: RedisError, at once where Redis is known to hang."""
+    try:
+        with server.asking(NotAnswered):
+            yield
+    except Silent as silent:
+        raise NotConnected("Redis does not answer") from silent
+
 
 def connect() -> Redis:
     """A client of its own; RQ's workers change the timeouts of theirs."""
@@ -47,7 +66,8 @@ def connect() -> Redis:
         settings.redis_url.get_secret_value(),
         socket_connect_timeout=CONNECT_TIMEOUT_S,
         socket_timeout=ANSWER_TIMEOUT_S,
-        retry=Retry(ConstantBackoff(0.05), 1),
+        # Once more where a connection broke, and not where an answer was waited for in vain.
+        retry=Retry(ConstantBackoff(0.05), 1, supported_errors=(NotConnected,)),
         health_check_interval=30,
     )
 
@@ -70,7 +90,10 @@ def ring(times: int) -> None:
     )
     try:
         for start in range(0, times, RING_MAX):
-            generate_queue.enqueue_many([job] * min(RING_MAX, times - start))
+            with asking():
+                generate_queue.enqueue_many([job] * min(RING_MAX, times - start))
+    except RedisError as error:
+        logger.warning("queue.ring_failed", times=times, error=str(error))
     except Exception:
         # Whatever it is: who asked for the tasks must not be told that there are none.
         logger.exception("queue.ring_failed", times=times)
@@ -78,15 +101,16 @@ def ring(times: int) -> None:
 
 def count() -> int:
     """Jobs that wait. Raises: RedisError."""
-    return generate_queue.count
+    with asking():
+        return generate_queue.count
 
 
 def announce(worker: str, facts: Mapping[str, object]) -> None:
     """Tell that `worker` is alive, and what operators may know of it. Raises: RedisError."""
     # Better an odd fact than a worker unheard of.
     told = orjson.dumps(dict(facts), default=str, option=orjson.OPT_NON_STR_KEYS)
-    now_s = _now_s()
-    with connection.pipeline() as both:
+    with asking(), connection.pipeline() as both:
+        now_s = _now_s()
         both.zadd(_WORKERS, {worker: now_s})
         both.hset(_FACTS, worker, told)
         both.execute()
@@ -94,7 +118,7 @@ def announce(worker: str, facts: Mapping[str, object]) -> None:
 
 def withdraw(worker: str) -> None:
     """Tell that `worker` has stopped. Raises: RedisError."""
-    with connection.pipeline() as both:
+    with asking(), connection.pipeline() as both:
         both.zrem(_WORKERS, worker)
         both.hdel(_FACTS, worker)
         both.execute()
@@ -105,8 +129,9 @@ def workers() -> int:
 
     RQ's own list is no help: it believes in a killed worker for as long as its job might take.
     """
-    connection.zremrangebyscore(_WORKERS, "-inf", _now_s() - HEARD_S)
-    return connection.zcard(_WORKERS)
+    with asking():
+        connection.zremrangebyscore(_WORKERS, "-inf", _now_s() - HEARD_S)
+        return connection.zcard(_WORKERS)
 
 
 def worker_facts() -> list[dict[str, Any]]:
@@ -114,15 +139,15 @@ def worker_facts() -> list[dict[str, Any]]:
 
     A worker of another version may tell other things, or nothing: only `name` is always there.
     """
-    now_s = _now_s()
-    with connection.pipeline() as look:
+    with asking(), connection.pipeline() as look:
+        now_s = _now_s()
         look.zremrangebyscore(_WORKERS, "-inf", now_s - HEARD_S)
         look.zrange(_WORKERS, 0, -1)
         look.hgetall(_FACTS)
         _, heard_of, told = look.execute()
-    # One that comes back just now is without its facts until it announces itself again.
-    if forgotten := told.keys() - set(heard_of):
-        connection.hdel(_FACTS, *forgotten)
+        # One that comes back just now is without its facts until it announces itself again.
+        if forgotten := told.keys() - set(heard_of):
+            connection.hdel(_FACTS, *forgotten)
     return [_facts(worker.decode(), told.get(worker, b"{}")) for worker in sorted(heard_of)]
 
 

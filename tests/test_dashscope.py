@@ -1287,6 +1287,7 @@ OURS: dict[type[errors.ServiceError], tuple[int, str]] = {
     errors.TaskNotFound: (404, "NotFound"),
     errors.IdempotencyConflict: (409, "InvalidParameter"),
     errors.TooManyUnfinished: (429, "Throttling.Concurrency"),
+    errors.BacklogFull: (503, "ModelUnavailable"),
     errors.GenerationFailed: (500, "InternalError.Algo"),
     errors.GenerationTimeout: (500, "RequestTimeOut"),
     errors.ResourceExhausted: (500, "InternalError.Algo"),

@@ -68,8 +68,9 @@ OPERATORS = {
 }
 """These can only be met under `/admin`."""
 
-CALLBACKS = {errors.DeliveryNotFound}
-"""These can only be met where callbacks are asked for, which is under EvoLink's prefix."""
+CALLBACKS = {errors.DeliveryNotFound, errors.TaskInUse}
+"""These can only be met where callbacks are asked for, and tasks deleted, which is under EvoLink's
+prefix."""
 
 PENDING_ONLY = {errors.NotPending}
 """These can only be met where a task that is being drawn cannot be cancelled."""
@@ -92,7 +93,10 @@ TABLES: dict[str, tuple[Mapping[type[ServiceError], Any], Render, set[type[Servi
     "evolink query": (
         evolink.QUERY_ERRORS,
         evolink.render_query_error,
-        OPERATORS | HELD | PENDING_ONLY | {errors.IdempotencyConflict, errors.TooManyUnfinished},
+        OPERATORS
+        | HELD
+        | PENDING_ONLY
+        | {errors.BacklogFull, errors.IdempotencyConflict, errors.TooManyUnfinished},
     ),
     "dashscope": (
         dashscope.ERRORS,
@@ -120,6 +124,7 @@ TABLES: dict[str, tuple[Mapping[type[ServiceError], Any], Render, set[type[Servi
             errors.InvalidTaskId,
             errors.ModelAccessDenied,
             errors.TooManyUnfinished,
+            errors.BacklogFull,
         },
     ),
 }

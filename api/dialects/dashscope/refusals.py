@@ -51,6 +51,7 @@ ERRORS: dict[type[errors.ServiceError], Row] = {
     errors.RewriteFailed: (500, TASK_ERRORS["RewriteFailed"], None),
     errors.StorageUnavailable: (500, TASK_ERRORS["StorageUnavailable"], None),
     errors.WorkerLost: (500, TASK_ERRORS["WorkerLost"], None),
+    errors.BacklogFull: (503, "ModelUnavailable", None),
     errors.ServiceUnavailable: (
         503,
         "ModelUnavailable",

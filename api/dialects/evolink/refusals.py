@@ -40,6 +40,7 @@ CREATE_ERRORS: dict[type[errors.ServiceError], Row] = _ALWAYS | {
         "Too many requests, please try again later",
     ),
     errors.TooManyUnfinished: (429, "rate_limit_exceeded", "rate_limit_error", None),
+    errors.BacklogFull: (503, "service_unavailable", API, None),
     errors.IdempotencyConflict: (409, "idempotency_conflict", INVALID, None),
     errors.InternalError: (500, "internal_error", API, "Internal server error"),
 }
@@ -72,6 +73,7 @@ QUERY_ERRORS: dict[type[errors.ServiceError], Row] = _ALWAYS | {
     ),
     errors.DeliveryNotFound: (404, "callback_not_found", INVALID, None),
     errors.TaskEnded: (409, "task_already_ended", INVALID, None),
+    errors.TaskInUse: (409, "task_in_use", INVALID, None),
     errors.RateLimited: (429, "rate_limit_exceeded", "evo_api_error", "Rate limit exceeded"),
     errors.InternalError: (500, "internal_error", API, "Failed to retrieve task status"),
 }

@@ -36,7 +36,7 @@ def sort_out(found: Sequence[Task]) -> tuple[list[Task], Failures]:
 
 
 async def render_images(asked: ImagesRequest, found: Sequence[Task]) -> dict[str, Any]:
-    """The answer to a create. Raises: what `sort_out` raises; StorageUnavailable."""
+    """The answer to a create. Raises: what `sort_out` raises; ServiceUnavailable."""
     drawn, failures = sort_out(found)
     answer = {"created": _ended_at(drawn[-1])} | _common(asked, drawn)
     answer["data"] = [await _render_image(asked, task) for task in drawn]
@@ -60,7 +60,7 @@ async def _render_image(asked: ImagesRequest, task: Task) -> dict[str, Any]:
 
 
 async def render_completed(asked: ImagesRequest, task: Task) -> dict[str, Any]:
-    """The event of an image. Raises: StorageUnavailable."""
+    """The event of an image. Raises: ServiceUnavailable."""
     return {
         "type": "image_generation.completed",
         "b64_json": await _base64(task),
