@@ -9,15 +9,16 @@ import ssl
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-import anyio
 import httpcore
 from standardwebhooks import Webhook
 
 from api import egress
 from api.answers import encode
+from api.bounded_stream import AnswerTooLong
 from api.dialects import evolink
 from storage.deliveries import Attempt
 from storage.errors import InvalidRequest
+from storage.sealing import unseal
 
 TIMEOUT_S = 10
 """Of a whole attempt, from looking up the name to the status line. Source: EvoLink's manual."""
@@ -33,8 +34,13 @@ class Outcome:
     final: bool = False
 
 
-async def deliver(client: httpcore.AsyncConnectionPool, attempt: Attempt) -> Outcome:
-    """Try one delivery once. Never raises for what a receiver or its network does."""
+async def deliver(
+    client: httpcore.AsyncConnectionPool, attempt: Attempt, *, timeout_s: float = TIMEOUT_S
+) -> Outcome:
+    """Try one delivery once. Never raises for what a receiver or its network does.
+
+    An error says what the customer can know: no address, no name server, no word of the answer.
+    """
     body = encode(evolink.render_task(attempt.task))
     headers = {
         "Content-Type": "application/json",
@@ -43,31 +49,43 @@ async def deliver(client: httpcore.AsyncConnectionPool, attempt: Attempt) -> Out
         **sign(attempt, body, datetime.now(UTC)),
     }
     try:
-        egress.parse(attempt.delivery.url)
-        async with asyncio.timeout(TIMEOUT_S):
+        receiver = egress.parse(attempt.delivery.url)
+        headers["Host"] = receiver.authority
+        async with asyncio.timeout(timeout_s):
             async with client.stream(
-                "POST", attempt.delivery.url, headers=list(headers.items()), content=body
+                "POST", receiver.url, headers=list(headers.items()), content=body
             ) as answer:
                 # Only the status counts; what else the receiver sends is not read.
                 status = answer.status
     except (egress.ForbiddenAddress, InvalidRequest) as error:
         return Outcome(error=str(error), final=True)
+    except egress.UnknownName:
+        return Outcome(error="the host name cannot be resolved")
     except TimeoutError:
-        return Outcome(error=f"no answer within {TIMEOUT_S} s")
-    except (OSError, ssl.SSLError, httpcore.NetworkError, httpcore.TimeoutException) as error:
-        return Outcome(error=f"no connection: {error or type(error).__name__}")
-    except (httpcore.ProtocolError, anyio.BrokenResourceError) as error:
-        return Outcome(error=f"not an HTTP answer: {error or type(error).__name__}")
+        return Outcome(error=f"no answer within {timeout_s:g} s")
+    except ssl.SSLCertVerificationError as error:
+        return Outcome(error=f"the certificate is not trusted: {error.verify_message}")
+    except ssl.SSLError:
+        return Outcome(error="no TLS connection")
+    except AnswerTooLong:
+        return Outcome(error=f"no answer within {egress.ANSWER_MAX_BYTES} bytes")
+    except (OSError, httpcore.NetworkError):
+        return Outcome(error="no connection")
+    except httpcore.ProtocolError:
+        return Outcome(error="not an HTTP answer")
     if 200 <= status < 300:
         return Outcome(status)
     return Outcome(status, f"answered {status}")
 
 
 def sign(attempt: Attempt, body: bytes, now: datetime) -> dict[str, str]:
-    """The headers of Standard Webhooks 1.0.0, one signature for each secret that is in force."""
+    """The headers of Standard Webhooks 1.0.0, one signature for each secret that is in force.
+
+    Raises: CannotUnseal.
+    """
     message_id = attempt.delivery.id
     signatures = [
-        Webhook(secret).sign(message_id, now, body.decode()) for secret in attempt.secrets
+        Webhook(unseal(secret)).sign(message_id, now, body.decode()) for secret in attempt.secrets
     ]
     return {
         "webhook-id": message_id,

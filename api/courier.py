@@ -5,6 +5,7 @@ outcome, so a receiver that hangs holds nothing but its coroutine.
 """
 
 import asyncio
+import resource
 import signal
 from collections import Counter
 from collections.abc import Callable
@@ -13,11 +14,12 @@ import structlog
 from redis.exceptions import RedisError
 
 from api import callbacks, egress
-from storage import deliveries, events, repair
+from storage import books, deliveries, events, repair
 from storage.database import transaction
 from storage.deliveries import Attempt
 from storage.errors import ServiceUnavailable
 from storage.logs import configure
+from storage.sealing import CannotUnseal
 
 IN_FLIGHT_MAX = 1000
 """Attempts at a time in this process."""
@@ -28,6 +30,8 @@ LOOK_S = 1.0
 """How often to look for deliveries that no event told of."""
 RECONNECT_S = 1.0
 REPAIR_S = 2.0
+BOOKS_S = 10.0
+"""How often to ask whether the books are to be proved, which `storage.books` decides."""
 IMAGES_S = 60.0
 """How often to look for images and requests whose time is over; a look lists the bucket's oldest
 page."""
@@ -55,8 +59,11 @@ class Courier:
             asyncio.create_task(self._every(REPAIR_S, repair.lost_workers)),
             asyncio.create_task(self._every(REPAIR_S, repair.lost_jobs)),
             asyncio.create_task(self._every(REPAIR_S, repair.missed_deadlines)),
+            asyncio.create_task(self._every(BOOKS_S, books.watch)),
             asyncio.create_task(self._every(IMAGES_S, repair.old_images)),
             asyncio.create_task(self._every(IMAGES_S, repair.old_requests)),
+            asyncio.create_task(self._every(IMAGES_S, repair.old_tasks)),
+            asyncio.create_task(self._every(IMAGES_S, repair.unwanted_images)),
         ]
         while not self.stopping.is_set():
             self._wake.clear()
@@ -105,7 +112,7 @@ class Courier:
     async def _attempt(self, attempt: Attempt) -> None:
         delivery = attempt.delivery
         try:
-            outcome = await callbacks.deliver(self._client, attempt)
+            outcome = await self._deliver(attempt)
             state = await asyncio.to_thread(_record, attempt, outcome)
             logger.info(
                 "callback.attempted",
@@ -119,6 +126,9 @@ class Courier:
         except ServiceUnavailable:
             # Nothing is noted, so it is due again when this claim's lease is over.
             logger.warning("courier.database_away", delivery_id=delivery.id)
+        except CannotUnseal as error:
+            # No attempt is used up until whoever runs us has set the right key.
+            logger.critical("courier.cannot_sign", delivery_id=delivery.id, error=str(error))
         except Exception:
             logger.exception("callback.failed", delivery_id=delivery.id, task_id=delivery.task_id)
         finally:
@@ -126,6 +136,16 @@ class Courier:
             if not self._in_flight[delivery.account_id]:
                 del self._in_flight[delivery.account_id]
             self._wake.set()
+
+    async def _deliver(self, attempt: Attempt) -> callbacks.Outcome:
+        """An error of ours is an attempt that failed, so that it does not come back for ever."""
+        try:
+            return await callbacks.deliver(self._client, attempt)
+        except CannotUnseal:
+            raise
+        except Exception:
+            logger.exception("callback.failed", delivery_id=attempt.delivery.id)
+            return callbacks.Outcome(error="the service could not try it")
 
     async def _listen(self) -> None:
         """Be woken by the end of a task that has a callback."""
@@ -168,6 +188,9 @@ def _record(attempt: Attempt, outcome: callbacks.Outcome) -> str | None:
 
 
 async def main() -> None:
+    # An attempt may hold two sockets while it looks up a name, and the usual limit is 1024.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     courier = Courier()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

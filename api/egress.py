@@ -2,54 +2,80 @@
 
 A name is resolved once and connected to by the address that was checked, so nothing can change in
 between. Source of the rules: EvoLink's API manual, callback_url (HTTPS, 2048 characters, no private
-address); everything refused beyond private IPv4 ranges is our choice.
+address); everything refused beyond private IPv4 ranges is our choice. Any port may be called: the
+receiver must prove by its certificate that it is the host of the URL.
 """
 
-import socket
+import asyncio
 import ssl
 from collections.abc import Iterable
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address
 from urllib.parse import urlsplit
 
 import anyio
-import anyio.to_thread
+import dns.asyncresolver
+import dns.exception
+import dns.nameserver
+import dns.rdatatype
+import dns.resolver
 import httpcore
-import httpx
 
+from api.bounded_stream import BoundedStream, NetworkStream
+from api.callback_url import URL_MAX_CHARACTERS, Address, parse
 from api.settings import settings
 from storage.errors import InvalidRequest
 
-URL_MAX_CHARACTERS = 2048
-PORT_MAX = 65535
+__all__ = ["URL_MAX_CHARACTERS", "check_callback_url", "client", "is_callable", "parse", "resolve"]
+
 RESOLVE_TIMEOUT_S = 3
-RESOLVERS = anyio.CapacityLimiter(64)
-"""Look-ups at a time; slow name servers of some customers must not stop those of others."""
+NAME_SERVER_TIMEOUT_S = 1
+"""Then the next one is asked."""
+ADDRESSES_MAX = 64
+"""A name with more of them is refused, since each must be checked."""
+CONNECT_TIMEOUT_S = 3
+"""Then the next address is tried."""
+ANSWER_MAX_BYTES = 64 * 1024
+"""What is read from one receiver, TLS and its certificates among it; an answer's body is not."""
 
+# What Python's `is_global` lets through, in 3.11 or later. Source: IANA's registries of special-
+# purpose addresses (read 2026-11), and Azure's documentation for its WireServer.
+_NOT_PUBLIC_IPV4 = (
+    IPv4Network("192.0.0.0/24"),  # protocol assignments; Oracle's metadata among them
+    IPv4Network("192.88.99.0/24"),  # 6to4 relays, withdrawn
+    IPv4Network("168.63.129.16/32"),  # what every virtual machine in Azure can reach
+)
+_PUBLIC_IPV6 = IPv6Network("2000::/3")
+"""All that was ever given out."""
+_NOT_PUBLIC_IPV6 = (
+    IPv6Network("2001::/23"),  # protocol assignments: Teredo, benchmarking, ORCHID
+    IPv6Network("2001:db8::/32"),  # documentation
+    IPv6Network("2002::/16"),  # 6to4: leads to any IPv4 address
+    IPv6Network("3fff::/20"),  # documentation
+)
 _NAT64 = IPv6Network("64:ff9b::/96")
-_NAT64_LOCAL = IPv6Network("64:ff9b:1::/48")
-
-Address = IPv4Address | IPv6Address
 
 
 class ForbiddenAddress(Exception):
     """A name leads to an address that must not be called."""
 
 
+class UnknownName(Exception):
+    """A name cannot be resolved, for now at least."""
+
+
 def is_callable(address: Address) -> bool:
     """Whether callbacks may reach `address`."""
     if any(address in network for network in settings.callback_allowed_networks):
         return True
-    if isinstance(address, IPv6Address):
-        # Forms of IPv6 that carry an IPv4 address are judged by that one.
-        if address.ipv4_mapped is not None:
-            return is_callable(address.ipv4_mapped)
-        if address in _NAT64:
-            return is_callable(IPv4Address(int(address) & 0xFFFFFFFF))
-        if address.sixtofour is not None or address.teredo is not None or address in _NAT64_LOCAL:
-            return False
-        if address.is_site_local:
-            return False
-    return address.is_global and not address.is_multicast and not address.is_reserved
+    if isinstance(address, IPv4Address):
+        special = address.is_multicast or address.is_reserved or not address.is_global
+        return not special and not any(address in network for network in _NOT_PUBLIC_IPV4)
+    # Forms of IPv6 that lead to an IPv4 address are judged by that one.
+    if address.ipv4_mapped is not None:
+        return is_callable(address.ipv4_mapped)
+    if address in _NAT64:
+        return is_callable(IPv4Address(int(address) & 0xFFFFFFFF))
+    return address in _PUBLIC_IPV6 and not any(address in network for network in _NOT_PUBLIC_IPV6)
 
 
 async def check_callback_url(url: str) -> None:
@@ -60,63 +86,87 @@ async def check_callback_url(url: str) -> None:
     Raises:
         InvalidRequest: not an HTTPS URL of at most URL_MAX_CHARACTERS, or not a public address.
     """
-    host, port = parse(url)
+    receiver = parse(url)
     try:
-        with anyio.fail_after(RESOLVE_TIMEOUT_S):
-            await resolve(host, port)
+        await resolve(receiver.host)
     except ForbiddenAddress as error:
         raise InvalidRequest(f"callback_url: {error}", param="callback_url") from None
-    except (OSError, TimeoutError):
+    except UnknownName:
         return
 
 
-def parse(url: str) -> tuple[str, int]:
-    """Host and port of a callback URL. Raises: InvalidRequest."""
-    fault = None
-    host, port = "", 443
-    try:
-        parts = httpx.URL(url)
-        host, port = parts.raw_host.decode("ascii"), parts.port or 443
-        if len(url) > URL_MAX_CHARACTERS:
-            fault = f"must have at most {URL_MAX_CHARACTERS} characters"
-        elif parts.scheme != "https":
-            fault = "must begin with https://"
-        elif parts.userinfo or "@" in urlsplit(url).netloc:
-            fault = "must not carry a user name or password"
-        elif not host:
-            fault = "must name a host"
-        elif not 0 < port <= PORT_MAX:
-            fault = f"must have a port of at most {PORT_MAX}"
-    except (httpx.InvalidURL, ValueError):
-        fault = "is not a URL"
-    if fault is not None:
-        raise InvalidRequest(f"callback_url: {fault}", param="callback_url")
-    return host, port
-
-
-async def resolve(host: str, port: int) -> list[Address]:
-    """The addresses of `host`, all of which may be called.
+async def resolve(host: str, *, timeout_s: float = RESOLVE_TIMEOUT_S) -> list[Address]:
+    """The addresses of `host`, in the form of `parse`; all of them may be called. IPv4 first.
 
     Raises:
-        ForbiddenAddress: one of them may not; a name that mixes is not trusted at all.
-        OSError: the name cannot be resolved.
+        ForbiddenAddress: one of them may not, and a name that mixes is not trusted at all; or they
+            are more than ADDRESSES_MAX.
+        UnknownName: the name cannot be resolved within `timeout_s`.
     """
-    found = await anyio.to_thread.run_sync(
-        lambda: socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM),
-        limiter=RESOLVERS,
-        abandon_on_cancel=True,
-    )
-    addresses = [ip_address(str(info[4][0]).partition("%")[0]) for info in found]
-    if not addresses or not all(map(is_callable, addresses)):
+    addresses = _known(host) or await _look_up(host, timeout_s)
+    if len(addresses) > ADDRESSES_MAX:
+        raise ForbiddenAddress(f"{host} has more than {ADDRESSES_MAX} addresses")
+    if not all(map(is_callable, addresses)):
         raise ForbiddenAddress(f"{host} is not a public address")
     return addresses
 
 
+def _known(host: str) -> list[Address]:
+    """What needs no look-up: an address, and this machine (RFC 6761, 6.3)."""
+    if host.rpartition(".")[2] == "localhost":
+        return [ip_address("127.0.0.1")]
+    try:
+        return [ip_address(host)]
+    except ValueError:
+        return []
+
+
+async def _look_up(host: str, timeout_s: float) -> list[Address]:
+    """Both kinds of address at once; one that fails leaves the other."""
+    try:
+        resolver = _resolver()
+        resolver.timeout = min(NAME_SERVER_TIMEOUT_S, timeout_s)
+        answers = await asyncio.gather(
+            _query(resolver, host, dns.rdatatype.A, timeout_s),
+            _query(resolver, host, dns.rdatatype.AAAA, timeout_s),
+        )
+    except (dns.resolver.NoResolverConfiguration, OSError):
+        raise UnknownName(host) from None
+    addresses = list(dict.fromkeys(answers[0] + answers[1]))
+    if not addresses:
+        raise UnknownName(host)
+    return addresses
+
+
+async def _query(
+    resolver: dns.asyncresolver.Resolver,
+    host: str,
+    kind: dns.rdatatype.RdataType,
+    timeout_s: float,
+) -> list[Address]:
+    try:
+        # The resolver's own time is the machine's clock, which may be set; ours is not.
+        async with asyncio.timeout(timeout_s):
+            answer = await resolver.resolve(f"{host}.", kind, lifetime=timeout_s, search=False)
+    except (dns.exception.DNSException, OSError):
+        return []
+    return [ip_address(record.address) for record in answer]
+
+
+def _resolver() -> dns.asyncresolver.Resolver:
+    """The operator's name servers, or the machine's, whose file is read again each time."""
+    if not settings.callback_nameservers:
+        return dns.asyncresolver.Resolver()
+    resolver = dns.asyncresolver.Resolver(configure=False)
+    resolver.nameservers = [
+        dns.nameserver.Do53Nameserver(server.hostname or "", server.port or 53)
+        for server in (urlsplit(f"//{text}") for text in settings.callback_nameservers)
+    ]
+    return resolver
+
+
 class PublicNetwork(httpcore.AsyncNetworkBackend):
     """Connects to addresses that `resolve` allows, and to nothing else."""
-
-    def __init__(self) -> None:
-        self._network = httpcore.AnyIOBackend()
 
     async def connect_tcp(
         self,
@@ -126,15 +176,14 @@ class PublicNetwork(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        failure: Exception = httpcore.ConnectError("no address")
-        for address in dict.fromkeys(await resolve(host, port)):
+        for address in await resolve(host):
             try:
-                return await self._network.connect_tcp(
-                    str(address), port, timeout, local_address, socket_options
-                )
-            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
-                failure = error
-        raise failure
+                with anyio.fail_after(CONNECT_TIMEOUT_S):
+                    stream = await anyio.connect_tcp(str(address), port)
+            except OSError:
+                continue
+            return NetworkStream(BoundedStream(stream, ANSWER_MAX_BYTES))
+        raise httpcore.ConnectError
 
 
 def client() -> httpcore.AsyncConnectionPool:

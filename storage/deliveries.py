@@ -39,6 +39,7 @@ class Attempt:
     delivery: Delivery
     task: Task
     secrets: tuple[str, ...]
+    """As they lie in the database: one that cannot be opened is the trouble of its own attempt."""
 
 
 def is_id(text: str) -> bool:
@@ -99,12 +100,11 @@ def claim_due(session: Session, *, limit: int, except_accounts: Collection[str])
 
 def _secrets(account: Account) -> tuple[str, ...]:
     """The newest first; beside it the one before, while receivers may still check with that."""
+    newest, before = account.sealed_callback_secret, account.sealed_callback_secret_before
     until = account.callback_secret_before_until
-    if until is None or account.callback_secret_before is None:
-        return (account.callback_secret,)
-    if until <= datetime.now(until.tzinfo):
-        return (account.callback_secret,)
-    return (account.callback_secret, account.callback_secret_before)
+    if until is None or before is None or until <= datetime.now(until.tzinfo):
+        return (newest,)
+    return (newest, before)
 
 
 def record(
