@@ -23,6 +23,7 @@ from storage.accounts import CREATES_PER_MINUTE
 from storage.database import transaction
 from storage.errors import ServiceError, ServiceUnavailable, StorageUnavailable
 from storage.models import Account, TaskStatus
+from storage.sealing import CannotUnseal
 from storage.settings import settings
 
 DEMO_CREDITS = Decimal(1500)
@@ -31,6 +32,8 @@ ACTOR = "cli"
 AMOUNT_MAX = 10**9
 """Of one movement, as in the REST interface."""
 COUNT_MAX = 2**31 - 1
+SEALED_AT_ONCE_MAX = 200
+"""Accounts whose rows `seal-secrets` locks in one transaction, for some milliseconds."""
 NOT_STARTED = 3
 """Exit status where the address could not be listened on: uvicorn's own."""
 PERIOD_MAX = 36_500
@@ -42,6 +45,7 @@ def serve(args: argparse.Namespace) -> None:
     import uvicorn
 
     from api.app import create_app
+    from api.connections import BoundedProtocol
     from api.settings import settings as api_settings
     from storage.logs import configure
 
@@ -64,6 +68,9 @@ def serve(args: argparse.Namespace) -> None:
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=30,
+            http=BoundedProtocol,
+            ws="none",
+            forwarded_allow_ips=api_settings.forwarded_allow_ips,
         )
     )
     with suppress(KeyboardInterrupt):
@@ -217,6 +224,23 @@ def callback_secret(args: argparse.Namespace) -> None:
         else:
             account = accounts.get(session, args.account)
     print(account.callback_secret)
+
+
+def seal_secrets(args: argparse.Namespace) -> None:
+    """Seal every callback secret under the first of ZIMAGE_SECRET_KEYS; print how many accounts.
+
+    After it the other keys may be taken away.
+    """
+    sealed = 0
+    after = ""
+    while True:
+        with transaction() as session:
+            ids = accounts.reseal_callback_secrets(session, after=after, limit=SEALED_AT_ONCE_MAX)
+        if not ids:
+            break
+        sealed += len(ids)
+        after = ids[-1]
+    print(sealed)
 
 
 def credit(args: argparse.Namespace) -> None:
@@ -383,6 +407,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--rotate", action="store_true")
     sub.add_argument("--overlap-hours", type=_period, default=24)
 
+    command(seal_secrets, "seal-secrets")
+
     sub = command(credit, "credit")
     sub.add_argument("account")
     sub.add_argument("amount", type=_decimal)
@@ -406,6 +432,8 @@ def main() -> None:
     except (ServiceUnavailable, StorageUnavailable) as error:
         cause = str(error.__cause__ or error).partition("\n")[0]
         sys.exit(f"A server that is needed does not answer: {cause}")
+    except CannotUnseal as error:
+        sys.exit(f"A callback secret cannot be read: {error}")
     except ProgrammingError:
         sys.exit("The database has not this version's schema: run `python -m api prepare` first")
     except ServiceError as error:

@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api import admin, batching
+from api import admin, batching, metrics, security_headers
 from api.answers import JSON, Problem
 from api.auth import Admission
 from api.batching import Batcher
@@ -98,10 +98,11 @@ def create_app() -> FastAPI:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=settings.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=EXPOSED,
         )
+    metrics.mount(app)
     app.add_middleware(RequestLog)
     app.add_exception_handler(404, _nothing_here)
     app.add_exception_handler(405, _nothing_here)
@@ -202,7 +203,9 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = request_id
+                security_headers.add_to(headers, scope["path"])
             await send(message)
 
         try:

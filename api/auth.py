@@ -14,7 +14,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.security import HTTPBearer
 
 from api.batching import Batcher
-from api.rate_limit import RateLimiter
+from api.rate_limit import RateLimiter, WrongKeys
 from api.settings import settings
 from storage import accounts
 from storage.accounts import Credential
@@ -58,10 +58,14 @@ Admit = Callable[[Request], Awaitable[Credential]]
 class Admission:
     """The doors: one for each kind of request, all behind the same keys."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, *, auth_failures_per_minute: int = settings.auth_failures_per_minute
+    ) -> None:
         self._cache: LRUCache[bytes, tuple[float, Credential]] = LRUCache(KEY_CACHE_MAX)
         self._keys: Batcher[bytes, Credential] = Batcher(_find_keys)
+        self._doubtful: Batcher[bytes, Credential] = Batcher(_find_keys)
         self._limiter = RateLimiter()
+        self._wrong_keys = WrongKeys(auth_failures_per_minute)
 
     async def create(self, request: Request) -> Credential:
         """Raises: Unauthenticated, AccountSuspended, RateLimited."""
@@ -98,14 +102,26 @@ class Admission:
         return credential
 
     async def authenticate(self, request: Request) -> Credential:
-        """The credential of the bearer key. Raises: Unauthenticated, AccountSuspended."""
+        """The credential of the bearer key.
+
+        A key is looked up whatever else came from its address, so that nobody is locked out by a
+        neighbour. Where too many were wrong they are looked up in a lane of their own, one query
+        at a time, so that a flood of them holds up nobody elsewhere.
+
+        Raises: Unauthenticated, AccountSuspended, RateLimited: one wrong key too many.
+        """
         scheme, _, secret = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not secret.strip():
             raise Unauthenticated
         digest = accounts.digest(secret.strip())
-        credential = await self._believed(digest, partial(self._keys.add, digest))
-        if credential.expires_at is not None and credential.expires_at <= datetime.now(UTC):
-            raise Unauthenticated
+        lane = self._doubtful if self._wrong_keys.full(request) else self._keys
+        try:
+            credential = await self._believed(digest, partial(lane.add, digest))
+            if credential.expires_at is not None and credential.expires_at <= datetime.now(UTC):
+                raise Unauthenticated
+        except Unauthenticated:
+            self._wrong_keys.count(request)
+            raise
         if credential.suspended:
             raise AccountSuspended
         return credential

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from deploy import reach, servers
+from deploy import private, reach, servers
 from deploy.servers import Server
 from deploy.settings import LocalSettings
 from deploy.supervision import APP, SERVERS, Program
@@ -61,6 +61,8 @@ def environment(chosen: LocalSettings, data: Path, own: Sequence[Server]) -> dic
     env.setdefault("ZIMAGE_DEVICE", "all")  # a worker process for every GPU
     if chosen.local_account_id:
         env["ZIMAGE_LOCAL_ACCOUNT_ID"] = chosen.local_account_id
+    if "ZIMAGE_SECRET_KEYS" not in env:
+        env["ZIMAGE_SECRET_KEYS"] = private.kept_secret(data / "secret-key")
     for server in own:
         env |= {**server.settings, **server.env}
     if chosen.s3_endpoint_url is None:  # never by way of a proxy for the rest of the world

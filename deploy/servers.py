@@ -135,7 +135,7 @@ def s3(folder: Path, port: int, *, host: str = "127.0.0.1") -> Server:
 
 @contextmanager
 def running(folder: Path, *, durable: bool = True) -> Iterator[dict[str, str]]:
-    """Run all three on free ports and yield the `ZIMAGE_*` variables that lead to them."""
+    """Run all three on free ports; yield the `ZIMAGE_*` variables of whoever works with them."""
     servers = [
         postgres(folder / "postgres", durable=durable),
         valkey(folder / "valkey", reach.free_port()),
@@ -148,7 +148,10 @@ def running(folder: Path, *, durable: bool = True) -> Iterator[dict[str, str]]:
         for server, child in zip(servers, children, strict=True):
             wait_until_ready(server, _log(server, folder), partial(_lives, child))
         settings = {name: value for server in servers for name, value in server.settings.items()}
-        yield settings | {"ZIMAGE_S3_BUCKET": "zimage"}
+        yield settings | {
+            "ZIMAGE_S3_BUCKET": "zimage",
+            "ZIMAGE_SECRET_KEYS": private.kept_secret(folder / "secret-key"),
+        }
 
 
 def wait_until_ready(server: Server, log: Path, alive: Callable[[], bool]) -> None:

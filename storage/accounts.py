@@ -1,4 +1,8 @@
-"""Who pays, and the keys they show. A key's secret is shown once; only its SHA-256 is kept."""
+"""Who pays, and the keys they show. A key's secret is shown once; only its SHA-256 is kept.
+
+A key is found by its digest in an index. How long that takes tells about the digest of what was
+shown, and nobody who does not know a key can choose what has a digest near that of one.
+"""
 
 import base64
 import hashlib
@@ -14,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from storage.errors import AccountNotFound, KeyNotFound
 from storage.models import Account, ApiKey
+from storage.sealing import reseal, seal
 from storage.settings import settings
 
 GROUP = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -69,7 +74,7 @@ def create(
         name=name,
         user_group=user_group,
         unfinished_max=unfinished_max,
-        callback_secret=_callback_secret(),
+        sealed_callback_secret=seal(_callback_secret()),
     )
     session.add(account)
     session.flush()
@@ -258,10 +263,30 @@ def rotate_callback_secret(session: Session, account_id: str, *, overlap: timede
     return change(
         session,
         account_id,
-        callback_secret=_callback_secret(),
-        callback_secret_before=Account.callback_secret,
+        sealed_callback_secret=seal(_callback_secret()),
+        sealed_callback_secret_before=Account.sealed_callback_secret,
         callback_secret_before_until=datetime.now(UTC) + overlap,
     )
+
+
+def reseal_callback_secrets(session: Session, *, after: str, limit: int) -> Sequence[str]:
+    """Seal the secrets of the next `limit` accounts by id under the newest key.
+
+    Returns their ids; none means that all are done. Raises: CannotUnseal.
+    """
+    rows = session.scalars(
+        select(Account)
+        .where(Account.id > after)
+        .order_by(Account.id)
+        .limit(limit)
+        .with_for_update(key_share=True)
+    ).all()
+    for account in rows:
+        account.sealed_callback_secret = reseal(account.sealed_callback_secret)
+        if account.sealed_callback_secret_before is not None:
+            account.sealed_callback_secret_before = reseal(account.sealed_callback_secret_before)
+    session.flush()
+    return [account.id for account in rows]
 
 
 def _callback_secret() -> str:

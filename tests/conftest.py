@@ -1,5 +1,6 @@
 """The real servers, started once for all tests, and the service on a real socket before them."""
 
+import gc
 import os
 import shutil
 import signal
@@ -16,6 +17,9 @@ import pytest
 import trustme
 
 from deploy import servers
+from tests import name_server
+
+gc.disable()  # until all is imported, which stays: see `pytest_collection_finish`
 
 # Two test processes with torch would otherwise spin against each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -31,14 +35,18 @@ RECEIVER_HOST = "127.0.0.2"
 """The one address of the loopback network that callbacks may reach, as an operator may allow."""
 authority = trustme.CA()
 authority.cert_pem.write_to_path(str(_folder / "ca.pem"))
+names = _stack.enter_context(name_server.serving())
+"""Whom the service asks for the addresses of callbacks' hosts."""
 
 os.environ.update(
     ZIMAGE_DATA_DIR=str(_folder / "data"),
     ZIMAGE_CALLBACK_ALLOWED_NETWORKS=f'["{RECEIVER_HOST}/32"]',
     ZIMAGE_CALLBACK_CA_FILE=str(_folder / "ca.pem"),
+    ZIMAGE_CALLBACK_NAMESERVERS=f'["{names.address}"]',
+    ZIMAGE_AUTH_FAILURES_PER_MINUTE="1000000",  # all tests come from one address
     ZIMAGE_GROUP_WEIGHTS='{"heavy": 3}',
     ZIMAGE_LEASE_S="2",
-    ZIMAGE_STORE_TIMEOUT_S="0.5",
+    ZIMAGE_STORE_TIMEOUT_S="1",
     ZIMAGE_MODEL="demo",
 )
 
@@ -51,16 +59,25 @@ from rq.serializers import JSONSerializer  # noqa: E402
 from sqlalchemy import func, select, text  # noqa: E402
 
 from api.app import create_app  # noqa: E402
+from api.connections import BoundedProtocol  # noqa: E402
 from benchmarks.sleeper import Unbatched  # noqa: E402
 from storage import accounts, ledger, objects, queue, tasks  # noqa: E402
 from storage.database import engine, transaction  # noqa: E402
 from storage.models import Account, Base, ImageFormat, LedgerEntry, Task  # noqa: E402
+from tests import warm as warming  # noqa: E402
 from worker import generate, moderation  # noqa: E402
 from worker.drawing import Drawing, Picture, Pipeline, Rewriter  # noqa: E402
 from worker.settings import settings  # noqa: E402
 from worker.stages import Worker  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected by now stays, so nobody has to look for garbage in it."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:
@@ -91,9 +108,31 @@ def _empty() -> None:
 
 
 @pytest.fixture(scope="session")
+def warm() -> Iterator[warming.Warm]:
+    """Starts processes of the service that do not draw."""
+    with warming.imported(*warming.SERVICE) as warm:
+        yield warm
+
+
+@pytest.fixture(scope="session")
+def warm_model() -> Iterator[warming.Warm]:
+    """Starts processes that draw, and that must not look for a network."""
+    environment = {
+        # For those whose memory is limited: so that what is given back is the system's again.
+        "MALLOC_MMAP_THRESHOLD_": str(2**20),
+        "MALLOC_ARENA_MAX": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    with warming.imported(*warming.MODEL, offline=True, **environment) as warm:
+        yield warm
+
+
+@pytest.fixture(scope="session")
 def server() -> Iterator[str]:
     """The application behind a real socket: a client sees what a customer sees, when it is sent."""
-    config = uvicorn.Config(create_app(), port=0, log_config=None, access_log=False)
+    config = uvicorn.Config(
+        create_app(), port=0, http=BoundedProtocol, log_config=None, access_log=False
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
