@@ -1,10 +1,20 @@
 """What operators send, and what they are answered: fields that scripts rely on."""
 
+import re
 from collections.abc import Mapping
 from decimal import Decimal
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StrictBool
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+)
 
 from storage.accounts import CREATES_PER_MINUTE, GROUP
 from storage.models import Account, ApiKey, LedgerEntry, Task
@@ -19,6 +29,9 @@ AMOUNT_DIGITS_MAX = 15
 """Of one movement, six of them after the point: what a JSON number carries exactly."""
 
 
+_AMOUNT = re.compile(r"[-+]?[0-9]+(?:\.[0-9]+)?")
+
+
 def _printable(name: str) -> str:
     if not name.isprintable():
         raise ValueError("must not contain control characters")
@@ -27,13 +40,34 @@ def _printable(name: str) -> str:
 
 Name = Annotated[str, Field(max_length=NAME_MAX_CHARACTERS), AfterValidator(_printable)]
 Group = Annotated[str, Field(pattern=f"^{GROUP.pattern}$")]
-Limit = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Limit = Annotated[StrictInt, Field(ge=1, le=2**31 - 1)]
+
+
+def _written(moment: object) -> object:
+    """Keeps pydantic from reading a number as seconds since 1970, and the first and last years from
+    those that no date has in UTC."""
+    if isinstance(moment, str) and "0001" < moment[:4] < "9999" and moment[4:5] == "-":
+        return moment
+    raise ValueError("must be a date and a time with its zone, as RFC 3339 writes them")
+
+
+Moment = Annotated[AwareDatetime, BeforeValidator(_written)]
 
 
 class Strict(BaseModel):
     """A body in which a misspelt field is an error, not a silent default."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+WrittenAmount = Annotated[str, Field(pattern=r"^[-+]?[0-9]+(\.[0-9]+)?$")]
+
+
+def _plain(amount: object) -> object:
+    """Keeps Decimal from reading `1_000`, `1e3` and the digits of other scripts."""
+    if isinstance(amount, str) and _AMOUNT.fullmatch(amount) is None:
+        raise ValueError("must be a number, or one in a string: digits, a point, digits")
+    return amount
 
 
 def _example(**body: Any) -> ConfigDict:
@@ -61,22 +95,26 @@ class NewKey(Strict):
     model_config = _example(name="laptop", requests_per_minute=60)
 
     name: Name = ""
-    models: list[Annotated[str, Field(min_length=1, max_length=200)]] | None = None
+    models: list[Annotated[Name, Field(min_length=1)]] | None = None
     requests_per_minute: Limit | None = CREATES_PER_MINUTE
-    expires_at: AwareDatetime | None = None
+    expires_at: Moment | None = None
     admin: StrictBool = False
 
 
 class Rotation(Strict):
     model_config = _example(overlap_s=3600)
 
-    overlap_s: Annotated[int, Field(ge=0, le=OVERLAP_MAX_S)] = OVERLAP_S
+    overlap_s: Annotated[StrictInt, Field(ge=0, le=OVERLAP_MAX_S)] = OVERLAP_S
 
 
 class Movement(Strict):
     model_config = _example(amount=1500, note="invoice 7")
 
-    amount: Annotated[Decimal, Field(max_digits=AMOUNT_DIGITS_MAX, decimal_places=6)]
+    amount: Annotated[
+        Decimal,
+        Field(max_digits=AMOUNT_DIGITS_MAX, decimal_places=6),
+        BeforeValidator(_plain, json_schema_input_type=float | WrittenAmount),
+    ]
     note: (
         Annotated[str, Field(max_length=NOTE_MAX_CHARACTERS), AfterValidator(_printable)] | None
     ) = None

@@ -68,6 +68,7 @@ ERRORS: dict[type[errors.ServiceError], int] = {
     errors.InvalidRequest: 422,
     errors.RateLimited: 429,
     errors.TooManyUnfinished: 429,
+    errors.BacklogFull: 503,
     errors.GenerationFailed: 500,
     errors.InternalError: 500,
     errors.RewriteFailed: 500,

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Message
 
@@ -67,7 +68,9 @@ def dialect_router(render_error: RenderError, admit: Admit | None = None) -> API
                     return render_error(InvalidRequest(str(error.detail)))
                 except ServiceError as error:
                     return render_error(error)
-                except CallerGone:
+                except RecursionError:  # FastAPI could just read it, and who reads it again not
+                    return render_error(InvalidRequest("The body is nested too deeply"))
+                except (CallerGone, ClientDisconnect):  # while it was answered, while it asked
                     return Response(status_code=CALLER_GONE)
                 except Exception:
                     logger.exception("request.failed", path=request.url.path)

@@ -74,9 +74,18 @@ ERRORS: dict[type[errors.ServiceError], int] = {
     errors.PayloadTooLarge: 413,
     errors.RateLimited: 429,
     errors.TooManyUnfinished: 429,
+    errors.BacklogFull: 503,
     errors.InternalError: 500,
     errors.ServiceUnavailable: 503,
 }
+
+
+_WRITTEN_SEED = r"-?[0-9]{1,10}"
+Seed = (
+    Annotated[int, Field(ge=RANDOM_SEED, le=SEED_MAX)]
+    | Annotated[str, Field(pattern=f"^{_WRITTEN_SEED}$")]
+)
+"""As the document has it."""
 
 
 def _size(size: str) -> str:
@@ -90,7 +99,7 @@ def _size(size: str) -> str:
 
 def _seed(seed: object) -> object:
     """The status answers the seed as a string, so a string is taken as well."""
-    if isinstance(seed, str) and re.fullmatch(r"-?[0-9]{1,10}", seed):
+    if isinstance(seed, str) and re.fullmatch(_WRITTEN_SEED, seed):
         return int(seed)
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ValueError("must be an integer")
@@ -112,7 +121,14 @@ class GenerateRequest(BaseModel):
     ]
     aspect_ratio: Literal["1:1", "4:3", "3:4", "16:9", "9:16"]
     size: Annotated[StrictStr, AfterValidator(_size)] | None = None
-    seed: Annotated[int, Field(ge=RANDOM_SEED, le=SEED_MAX), BeforeValidator(_seed)] | None = None
+    seed: (
+        Annotated[
+            int,
+            Field(ge=RANDOM_SEED, le=SEED_MAX),
+            BeforeValidator(_seed, json_schema_input_type=Seed),
+        ]
+        | None
+    ) = None
     allow_downscale: StrictBool | None = None
 
     def pixels(self) -> tuple[int, int]:

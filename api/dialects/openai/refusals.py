@@ -42,6 +42,7 @@ ERRORS: dict[type[errors.ServiceError], Row] = {
     errors.IdempotencyConflict: Row(422, "idempotency_conflict"),
     errors.RateLimited: Row(429, "rate_limit_exceeded", RATE),
     errors.TooManyUnfinished: Row(429, "too_many_unfinished", RATE),
+    errors.BacklogFull: Row(503, "backlog_full", API),
     errors.InternalError: Row(500, "internal_error", API),
     errors.GenerationFailed: Row(500, "generation_failed", API),
     # The same size needs the same memory.
@@ -69,8 +70,9 @@ def render_error(error: errors.ServiceError) -> Response:
 
 
 def model_not_found(model: str) -> errors.PathNotFound:
+    named = model.encode(errors="replace").decode()  # half of an escaped pair cannot be answered
     return errors.PathNotFound(
-        f"The model `{model}` does not exist or you do not have access to it.", param="model"
+        f"The model `{named}` does not exist or you do not have access to it.", param="model"
     )
 
 

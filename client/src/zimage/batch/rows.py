@@ -14,6 +14,8 @@ from zimage.errors import InvalidRequest
 TEMPLATE = "{prompt}"
 STYLED_TEMPLATE = "{prompt}, {style} style"
 """Of a job with styles, where no template is given."""
+SEED = r"[0-9]{1,19}"
+"""No service takes a longer one, and Python reads none of thousands of digits."""
 NAME_MAX_CHARACTERS = 60
 """Three bytes each in Chinese: with its ending a name stays under what file systems take."""
 
@@ -91,7 +93,7 @@ def _row(columns: Mapping[str, str], template: str | None, line: int, *, many: b
             f"line {line}: the template {template!r} does not fit the columns: {error}"
         ) from None
     seed = columns.get("seed") or None
-    if seed is not None and not (seed.isascii() and seed.isdigit()):
+    if seed is not None and not re.fullmatch(SEED, seed):
         raise InvalidRequest(f"line {line}: the seed {seed!r} is not a whole number")
     name = columns.get("id") or columns.get("name") or ""
     return Row(
