@@ -28,7 +28,8 @@ from storage import events, queue, tasks
 from storage.database import transaction
 from storage.errors import ResourceExhausted, RewriteFailed
 from storage.models import Task
-from worker import ending
+from worker import clock, ending
+from worker.clock import ClockWrong
 from worker.drawing import SIDE_STEP_PX, Drawing, Picture, Pipeline, Rewriter
 from worker.ending import Job
 from worker.leases import ClaimLost, HandBack, Leases
@@ -93,6 +94,7 @@ class Worker:
         self._next_is_wanted = True
         self._stopping = False
         self._closing = False
+        self._rests_until = 0.0
         self._images: deque[float] = deque()
         self._images_total = 0
 
@@ -110,12 +112,22 @@ class Worker:
         """Wait until the GPU will soon have nothing to do; False: not within `timeout_s`."""
         with self._changed:
             return self._changed.wait_for(
-                lambda: self._next_is_wanted and not self._ready, timeout_s
+                lambda: self._next_is_wanted and not self._ready and not self._clock_is_wrong(),
+                timeout_s,
             )
 
-    def take(self) -> None:
-        """Claim the task whose turn it is, with those that are drawn along, and prepare them."""
-        claimed = self._claim()
+    def take(self) -> bool:
+        """Claim the task whose turn it is, with those that are drawn along, and prepare them.
+
+        False: nothing waits. Raises: ServiceUnavailable.
+        """
+        try:
+            claimed = self._claim()
+        except ClockWrong as wrong:
+            logger.critical("worker.clock_wrong", error=str(wrong))
+            self._rests_until = time.monotonic() + clock.LOOK_AGAIN_S
+            queue.ring(1)  # for a worker whose clock is right
+            return False
         jobs = [Job(task, self._leases.hold(task)) for task in claimed]
         with self._changed:
             self._in_hand.update(jobs)
@@ -127,6 +139,7 @@ class Worker:
                     with self._ending(job):
                         raise HandBack from None
             raise
+        return bool(jobs)
 
     def _prepare(self, jobs: list[Job]) -> None:
         for job in jobs:
@@ -141,11 +154,14 @@ class Worker:
         self._enqueue([job for job in jobs if self._prepared(job)])
 
     def _claim(self) -> list[Task]:
+        """Raises: ClockWrong, and nothing is claimed."""
         with transaction() as session:
             rewriting = len(self._rewriting) < self._rewrites_max
             first = tasks.claim_next(session, self.name, rewriting=rewriting)
             if first is None:
                 return []
+            if first.started_at is not None:
+                clock.check(first.started_at)
             most = self.pipeline.batch_max(first.width, first.height, first.steps)
             if most == 1 or tasks.must_be_rewritten(first):
                 return [first]
@@ -361,9 +377,14 @@ class Worker:
                 "images_per_minute": len(self._images),
             }
 
+    def _clock_is_wrong(self) -> bool:
+        return time.monotonic() < self._rests_until
+
     def _state(self) -> str:
         if self._stopping:
             return "stopping"
+        if self._clock_is_wrong():
+            return "clock_wrong"
         return "drawing" if self._drawing else "idle"
 
     def _count_image(self) -> None:
