@@ -5,7 +5,7 @@ BIN := .venv/bin
 EXTRAS := worker,local,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help up test lint check format lock clean bench-waiting bench-worker bench-gpu
+.PHONY: help up test lint check format lock clean bench-waiting bench-worker bench-gpu bench-expiry soak soak-guards
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | \
@@ -34,6 +34,23 @@ bench-worker: .venv/installed ## Measure what a worker adds to the time of its G
 
 bench-gpu: .venv/installed ## Measure the full-size model with random weights, on a GPU
 	@$(BIN)/python -m benchmarks.gpu
+
+bench-expiry: .venv/installed ## Measure what erasing a million old tasks costs the others
+	@$(BIN)/python -m benchmarks.expiry
+
+# Long: 30 minutes of everything that can go wrong, 10 with the real small model, then the fuzzing.
+soak: .venv/installed ## Break the service for an hour, and audit what is left
+	@$(BIN)/python -m soak.faults --seconds 1800 --faults 1000
+	@$(BIN)/python -m soak.faults --seconds 600 --faults 200 --real-model --customers 8
+	@$(BIN)/python -m soak.fuzz
+	@$(BIN)/python -m soak.malformed
+	@$(BIN)/python -m soak.simulation
+
+soak-guards: .venv/installed ## Take each guard away in turn: the audit must notice
+	@for guard in fencing charge lease delivery repair; do \
+		echo "Without $$guard:"; \
+		if $(BIN)/python -m soak.faults --seconds 90 --faults 200 --customers 24 --without $$guard; then \
+			echo "Nobody has noticed that $$guard is gone." >&2; exit 1; fi; done
 
 format: .venv/installed ## Write the code as `lint` wants it, where that needs no thought
 	@$(BIN)/ruff format .

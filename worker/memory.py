@@ -32,8 +32,11 @@ TILE_PX = 512
 1024 x 1024 (its `sample_size`), so an image of that size would not be cut at all."""
 
 # What an allocator says that has no exception class of its own: CUDA's libraries and Apple's GPU,
-# the CPU on Linux and macOS, the CPU on Windows, cuBLAS.
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "ALLOC_FAILED")
+# the CPU on Linux and macOS, the CPU on Windows, cuBLAS, oneDNN.
+OUT_OF_MEMORY = (
+    *("out of memory", "can't allocate memory", "not enough memory"),
+    *("ALLOC_FAILED", "could not create a primitive"),
+)
 
 MB = 2**20
 
