@@ -1,5 +1,7 @@
 """The containers, as far as tools can tell without an engine: files, and what they would run."""
 
+from __future__ import annotations
+
 import json
 import os
 import re
@@ -12,7 +14,7 @@ import tomllib
 from collections.abc import Iterator
 from importlib.metadata import requires
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
@@ -27,6 +29,9 @@ from deploy import reach, servers
 from storage import queue
 from storage.settings import StorageSettings
 from worker.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from tests.warm import Warm
 
 ROOT = Path(__file__).parent.parent
 COMPOSE_FILE = ROOT / "docker-compose.yml"
@@ -287,7 +292,7 @@ def _lay_out(stage: str, folder: Path) -> Path:
     return folder
 
 
-def test_the_image_of_the_api_holds_what_its_processes_import(tmp_path: Path) -> None:
+def test_the_image_of_the_api_holds_what_its_processes_import(tmp_path: Path, warm: Warm) -> None:
     image = _lay_out("api", tmp_path)
     loaded = _run(
         *(sys.executable, "-c"),
@@ -299,14 +304,14 @@ def test_the_image_of_the_api_holds_what_its_processes_import(tmp_path: Path) ->
     assert {"fastapi", "sqlalchemy"} <= packages
     assert packages & {"torch", "diffusers", "transformers", "PIL", "numpy", "worker"} == set()
 
-    prepared = _run(sys.executable, "-m", "api", "prepare", cwd=image)
+    prepared = warm.run("-m", "api", "prepare", cwd=image)
     assert prepared.returncode == 0, prepared.stderr
 
 
-def test_the_image_of_the_worker_holds_what_it_imports(tmp_path: Path) -> None:
+def test_the_image_of_the_worker_holds_what_it_imports(tmp_path: Path, warm_model: Warm) -> None:
     image = _lay_out("worker", tmp_path)
-    loaded = _run(
-        *(sys.executable, "-c"),
+    loaded = warm_model.run(
+        "-c",
         "import sys; import worker.__main__, worker.generate, worker.pipeline; print(*sys.modules)",
         cwd=image,
     )
@@ -332,14 +337,15 @@ def test_the_api_is_healthy_while_it_answers(server: str) -> None:
     assert _run(sys.executable, option, code.replace("127.0.0.1:8000", closed)).returncode == 1
 
 
-def test_a_worker_is_healthy_while_it_is_heard_of() -> None:
+def test_a_worker_is_healthy_while_it_is_heard_of(warm: Warm) -> None:
+    _, *check = _health_check("worker")
     ours = f"{socket.gethostname()}-1-ab"
     queue.announce("another-machine-1-ab", {})
-    assert _run(*_health_check("worker")).returncode == 1
+    assert warm.run(*check).returncode == 1
     queue.announce(ours, {})
-    assert _run(*_health_check("worker")).returncode == 0
+    assert warm.run(*check).returncode == 0
     queue.withdraw(ours)
-    assert _run(*_health_check("worker")).returncode == 1
+    assert warm.run(*check).returncode == 1
 
 
 def test_valkey_as_composed_asks_for_its_password_and_keeps_what_it_holds(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """The demo model is small, the same everywhere, and there whole or not at all."""
 
-import os
-import subprocess
-import sys
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ import torch
 from worker import loading
 from worker.demo import build as demo
 
-ROOT = Path(__file__).parent.parent
+if TYPE_CHECKING:
+    from tests.warm import Warm
 
 DRAW = """
 import sys
@@ -24,29 +25,6 @@ drawing = Drawing(pipeline.read("a cat"), 32, 32, 1, 8, lambda done: None)
 print(pipeline.draw([drawing])[0]().size)
 """
 
-# Imported once for both: that takes much longer than all they do.
-TWICE = """
-children = []
-for _ in range(2):
-    child = os.fork()
-    if child == 0:
-        break
-    children.append(child)
-else:
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(each, 0)[1]) for each in children))
-"""
-
-# Ends the process, because the libraries swallow what a failed look at the hub raises.
-DIES_ONLINE = """
-import os, sys
-
-def die(event, args):
-    if event in ("socket.connect", "socket.getaddrinfo"):
-        os._exit(7)
-
-sys.addaudithook(die)
-"""
-
 DIES_HALFWAY = """
 import os, sys
 
@@ -56,18 +34,6 @@ def die(event, args):
 
 sys.addaudithook(die)
 """
-
-
-def python(code: str, *args: Path) -> subprocess.Popen[str]:
-    """Start another process that runs `code` from the repository's folder."""
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, args)],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def files(folder: Path) -> dict[Path, bytes]:
@@ -130,21 +96,20 @@ def test_it_is_built_once(tmp_path: Path) -> None:
 
 
 def test_two_processes_build_and_draw_at_once_in_silence_and_without_a_network(
-    tmp_path: Path,
+    tmp_path: Path, warm_model: Warm
 ) -> None:
-    imports, _, draw = DRAW.partition("\n\n")
-    process = python(DIES_ONLINE + imports + TWICE + draw, tmp_path)
+    both = [warm_model.start("-c", DRAW, str(tmp_path)) for _ in range(2)]
 
-    assert process.communicate() == ("(32, 32)\n" * 2, "")
-    assert process.returncode == 0
+    assert [process.communicate() for process in both] == [("(32, 32)\n", "")] * 2
+    assert [process.wait() for process in both] == [0, 0]  # as nobody's does who goes online
+    assert warm_model.said == ""  # nor does the import say anything
     assert [path.name for path in tmp_path.iterdir()] == [f"zimage-demo-{demo.RECIPE}"]
 
 
 def test_a_build_that_is_killed_leaves_nothing_that_could_be_taken_for_the_model(
-    tmp_path: Path,
+    tmp_path: Path, warm_model: Warm
 ) -> None:
-    killed = python(DIES_HALFWAY + DRAW, tmp_path)
-    killed.communicate()
+    killed = warm_model.run("-c", DIES_HALFWAY + DRAW, str(tmp_path))
 
     assert killed.returncode == 9
     assert not (tmp_path / f"zimage-demo-{demo.RECIPE}").exists()

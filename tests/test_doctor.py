@@ -1,10 +1,11 @@
 """The doctor says what there is, what it costs and how fast it is, and needs no servers for it."""
 
+from __future__ import annotations
+
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from worker.footprint import MB, Footprint, footprint
 from worker.settings import WorkerSettings
 from worker.switches import SAFE, Switches
 
-ROOT = Path(__file__).parent.parent
+if TYPE_CHECKING:
+    from tests.warm import Warm
+
 REAL = "Tongyi-MAI/Z-Image-Turbo"
 COST = Footprint(
     parts={"text_encoder": 7_700, "transformer": 11_700, "vae": 160},
@@ -47,23 +50,13 @@ def advised(
     )
 
 
-def run(**environment: str) -> subprocess.CompletedProcess[str]:
-    """The doctor in a shell where no server is set."""
-    bare = {name: value for name, value in os.environ.items() if not name.startswith("ZIMAGE_")}
-    return subprocess.run(
-        [sys.executable, "-c", "import sys; from worker import doctor; sys.exit(doctor.main())"],
-        cwd=ROOT,
-        env=bare | {"PYTHONPATH": str(ROOT)} | environment,
-        capture_output=True,
-        text=True,
-    )
-
-
 # --- The whole ----------------------------------------------------------------------------------
 
 
-def test_without_any_server_it_tells_everything_and_draws(tmp_path: Path) -> None:
-    told = run(ZIMAGE_DATA_DIR=str(tmp_path), ZIMAGE_WARMUP_SIZES='["64x64"]')
+def test_without_any_server_it_tells_everything_and_draws(tmp_path: Path, warm_model: Warm) -> None:
+    bare = {name: value for name, value in os.environ.items() if not name.startswith("ZIMAGE_")}
+    chosen = {"ZIMAGE_DATA_DIR": str(tmp_path), "ZIMAGE_WARMUP_SIZES": '["64x64"]'}
+    told = warm_model.run("-m", "worker", "doctor", env=bare | chosen)
     titles = [line for line in told.stdout.splitlines() if line and not line.startswith(" ")]
 
     assert told.returncode == 0, told.stderr

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
@@ -21,6 +19,7 @@ from storage.settings import settings
 
 if TYPE_CHECKING:
     from tests.conftest import Customer, Work
+    from tests.warm import Warm
 
     Submit = Callable[..., Task]
 
@@ -59,18 +58,20 @@ def test_the_url_lives_for_a_day_and_says_when_it_ends() -> None:
     assert abs(expires_at - datetime.now(UTC) - timedelta(hours=24)) < timedelta(seconds=60)
 
 
-def test_a_url_whose_time_is_over_is_refused() -> None:
+def test_a_url_whose_time_is_over_is_refused(warm: Warm) -> None:
     key = objects.put(IMAGE, ImageFormat.PNG).key
-    signed_long_ago = _sign_at(key, datetime.now(UTC) - timedelta(seconds=settings.image_ttl_s + 1))
+    signed_long_ago = _sign_at(
+        warm, key, datetime.now(UTC) - timedelta(seconds=settings.image_ttl_s + 1)
+    )
     signed_just_in_time = _sign_at(
-        key, datetime.now(UTC) - timedelta(seconds=settings.image_ttl_s - 60)
+        warm, key, datetime.now(UTC) - timedelta(seconds=settings.image_ttl_s - 60)
     )
 
     assert httpx.get(signed_long_ago).status_code in REFUSED
     assert httpx.get(signed_just_in_time).status_code == 200
 
 
-def _sign_at(key: str, moment: datetime) -> str:
+def _sign_at(warm: Warm, key: str, moment: datetime) -> str:
     """A URL as the service would have signed it at `moment`: in a process whose clock says so."""
     script = (
         "import sys, botocore.auth, datetime\n"
@@ -79,13 +80,7 @@ def _sign_at(key: str, moment: datetime) -> str:
         "from storage import objects\n"
         "print(objects.url(sys.argv[1])[0])\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, key, moment.isoformat()],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    url = done.stdout.strip()
+    url = warm.run("-c", script, key, moment.isoformat()).stdout.strip()
     assert f"X-Amz-Date={moment:%Y%m%dT%H%M%S}Z" in url
     return url
 
@@ -107,17 +102,15 @@ def test_an_expired_image_is_told_and_not_linked(
     assert "expired" in zimageturbo["error_message"]
 
 
-def test_image_urls_carry_the_public_address() -> None:
+def test_image_urls_carry_the_public_address(warm: Warm) -> None:
     env = os.environ | {"ZIMAGE_S3_PUBLIC_URL": "https://images.example.com"}
     script = "from storage import objects; print(objects.url('images/x.png')[0])"
-    url = subprocess.run(
-        [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True
-    ).stdout
+    url = warm.run("-c", script, env=env).stdout
 
     assert url.startswith("https://images.example.com/zimage/images/x.png?")
 
 
-def test_credentials_that_expire_are_refused_at_start() -> None:
+def test_credentials_that_expire_are_refused_at_start(warm: Warm) -> None:
     keys = {"ZIMAGE_S3_ACCESS_KEY_ID", "ZIMAGE_S3_SECRET_ACCESS_KEY"}
     env = {name: value for name, value in os.environ.items() if name not in keys}
     env |= {
@@ -126,9 +119,7 @@ def test_credentials_that_expire_are_refused_at_start() -> None:
         "AWS_SESSION_TOKEN": "a token",
     }
     for command in (["api", "serve"], ["api", "prepare"], ["worker"]):
-        done = subprocess.run(
-            [sys.executable, "-m", *command], env=env, capture_output=True, text=True, check=False
-        )
+        done = warm.run("-m", *command, env=env)
         assert done.returncode == 1
         assert "temporary" in done.stderr
         assert "Traceback" not in done.stderr

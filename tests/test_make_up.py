@@ -1,5 +1,7 @@
 """`make up`: what is broken is said in one sentence, what dies comes back, and nothing is left."""
 
+from __future__ import annotations
+
 import base64
 import json
 import os
@@ -15,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import boto3
 import httpx
@@ -33,6 +35,11 @@ from deploy.welcome import welcome
 from storage import accounts, ledger
 from storage.database import transaction
 from storage.models import Account
+
+if TYPE_CHECKING:
+    from tests.warm import Warm
+
+    Refused = Callable[[dict[str, str]], str]
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT_S = 90
@@ -84,13 +91,17 @@ def s3_client(env: Mapping[str, str]) -> Any:
     )
 
 
-def refused(env: dict[str, str]) -> str:
+@pytest.fixture
+def refused(warm: Warm) -> Refused:
     """The sentence with which it does not start."""
-    with started(env) as process:
-        _, errors = process.communicate(timeout=TIMEOUT_S)
-    assert process.returncode == 1
-    (sentence,) = errors.splitlines()
-    return sentence
+
+    def run(env: dict[str, str]) -> str:
+        ended = warm.run("-m", "deploy.local", env=env)
+        assert ended.returncode == 1
+        (sentence,) = ended.stderr.splitlines()
+        return sentence
+
+    return run
 
 
 def nobody() -> str:
@@ -118,7 +129,9 @@ S3_KEYS = {"ZIMAGE_S3_ACCESS_KEY_ID": "a-key-of-mine", "ZIMAGE_S3_SECRET_ACCESS_
         ({"ZIMAGE_DATA_DIR": __file__}, "cannot be written"),
     ],
 )
-def test_a_broken_setting_is_one_sentence(folder: Path, changes: dict[str, str], said: str) -> None:
+def test_a_broken_setting_is_one_sentence(
+    folder: Path, changes: dict[str, str], said: str, refused: Refused
+) -> None:
     sentence = refused(environment(folder, **changes))
 
     assert said in sentence
@@ -126,7 +139,7 @@ def test_a_broken_setting_is_one_sentence(folder: Path, changes: dict[str, str],
 
 
 @pytest.mark.parametrize("name", ["ZIMAGE_PORT", "ZIMAGE_S3_PORT"])
-def test_a_port_in_use_is_one_sentence(folder: Path, name: str) -> None:
+def test_a_port_in_use_is_one_sentence(folder: Path, name: str, refused: Refused) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         sentence = refused(environment(folder, **{name: port}))
@@ -135,7 +148,7 @@ def test_a_port_in_use_is_one_sentence(folder: Path, name: str) -> None:
     assert name in sentence
 
 
-def test_what_the_preparation_says_is_the_only_sentence(folder: Path) -> None:
+def test_what_the_preparation_says_is_the_only_sentence(folder: Path, refused: Refused) -> None:
     settings = {name: value for name, value in os.environ.items() if name.startswith("ZIMAGE_")}
     own = {"ZIMAGE_PORT": str(reach.free_port()), "ZIMAGE_DATA_DIR": str(folder / "data")}
 
@@ -313,7 +326,9 @@ def wait_for_welcome(process: subprocess.Popen[str]) -> str:
 
 
 @pytest.mark.timeout(240)
-def test_the_service_comes_up_survives_kills_and_leaves_nothing(folder: Path) -> None:
+def test_the_service_comes_up_survives_kills_and_leaves_nothing(
+    folder: Path, refused: Refused
+) -> None:
     env = environment(folder)
     keys = folder / "data" / "credentials.env"
 

@@ -4,16 +4,16 @@ Not covered, for want of an accelerator: that weights really move to the machine
 The hooks that move them are the real ones, from the CPU to the CPU.
 """
 
+from __future__ import annotations
+
 import json
-import os
-import subprocess
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -27,6 +27,9 @@ from worker.demo import build as demo
 from worker.drawing import Drawing
 from worker.memory import Ladder, Offload, Rung, is_out_of_memory, rungs
 from worker.pipeline import TurboPipeline
+
+if TYPE_CHECKING:
+    from tests.warm import Warm
 
 ALL: tuple[Rung, ...] = ("nothing", "caches", "tiling", "offload")
 
@@ -82,19 +85,11 @@ def before(part: Any, hook: Callable[..., object]) -> Iterator[None]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux refuses beyond RLIMIT_AS")
-def test_a_system_that_refuses_memory_gets_tiles_then_a_failure_and_then_images_as_before() -> None:
-    environment = os.environ | {
-        # So that memory which is given back is the system's again, and can be refused.
-        "MALLOC_MMAP_THRESHOLD_": str(2**20),
-        "MALLOC_ARENA_MAX": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.short_of_memory"],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+def test_a_system_that_refuses_memory_gets_tiles_then_a_failure_and_then_images_as_before(
+    warm_model: Warm,
+) -> None:
+    run = warm_model.run("-m", "tests.short_of_memory")
+
     assert run.returncode == 0, run.stderr
     told = json.loads(run.stdout.splitlines()[-1])
 

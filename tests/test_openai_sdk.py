@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import http.client
-import os
-import subprocess
-import sys
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -43,6 +41,7 @@ from tests.conftest import Paint
 
 if TYPE_CHECKING:
     from tests.conftest import Customer, NewCustomer, Work
+    from tests.warm import Child, Warm
 
     Submit = Callable[..., Task]
 
@@ -532,39 +531,37 @@ def test_a_stream_that_is_lost_before_it_begins_is_charged_once(
 
 
 @contextmanager
-def api_process(port: int) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that answers HTTP; it is killed at the end if it still runs."""
-    child = subprocess.Popen(
-        [sys.executable, "-m", "api", "serve"], env=os.environ | {"ZIMAGE_PORT": str(port)}
-    )
-    try:
-        wait_until(lambda: _answers(port))
+def api_process(warm: Warm, port: int) -> Iterator[Child]:
+    """A process that answers HTTP; it is told to stop at the end if it still runs."""
+    with (
+        warm.process("api", "serve", ZIMAGE_PORT=str(port)) as child,
+        # Plain HTTP: reading the certificates would only take its time.
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", verify=False) as http,
+    ):
+        wait_until(lambda: _answers(http))
         yield child
-    finally:
-        child.kill()
-        child.wait()
 
 
-def _answers(port: int) -> bool:
+def _answers(http: httpx.Client) -> bool:
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+        return http.get("/health").status_code == 200
     except httpx.TransportError:
         return False
 
 
 def test_a_process_that_is_killed_while_it_holds_a_call_loses_nothing(
-    customer: Customer, calls: Calls, work: Work
+    customer: Customer, calls: Calls, work: Work, warm: Warm
 ) -> None:
     port = reach.free_port()
     with openai.OpenAI(
         base_url=f"http://127.0.0.1:{port}/openai/v1", api_key=customer.key, max_retries=20
     ) as client:
-        with api_process(port) as first:
+        with api_process(warm, port) as first:
             calling = calls(client)
             wait_for_jobs(1)
             first.kill()
             first.wait()
-        with api_process(port):
+        with api_process(warm, port):
             work()
             (image,) = images_of(calling.result())
 
@@ -575,18 +572,18 @@ def test_a_process_that_is_killed_while_it_holds_a_call_loses_nothing(
 
 
 def test_a_process_that_is_told_to_stop_sends_the_call_to_the_next(
-    client: openai.OpenAI, customer: Customer, calls: Calls, work: Work
+    client: openai.OpenAI, customer: Customer, calls: Calls, work: Work, warm: Warm
 ) -> None:
     port = reach.free_port()
     with (
         openai.OpenAI(
             base_url=f"http://127.0.0.1:{port}/openai/v1", api_key=customer.key, max_retries=0
         ) as stopped,
-        api_process(port) as process,
+        api_process(warm, port) as process,
     ):
         calling = calls(stopped)
         wait_for_jobs(1)
-        process.terminate()
+        process.send_signal(signal.SIGTERM)
         with pytest.raises(openai.InternalServerError) as raised:
             calling.result()
     # Here the library would wait for as long as it was told to.

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import httpx
@@ -22,24 +19,13 @@ from storage.models import LedgerEntry, Task, TaskStatus
 
 if TYPE_CHECKING:
     from tests.conftest import Customer
+    from tests.warm import Warm
 
     Submit = Callable[..., Task]
 
 
 SLEEPER = "benchmarks.sleeper"
 """A worker in everything but the drawing, and quick to start."""
-
-
-@contextmanager
-def process(*module: str, **env: str) -> Iterator[subprocess.Popen[bytes]]:
-    """`python -m module`, which is ended at the end if it still runs."""
-    child = subprocess.Popen([sys.executable, "-m", *module], env=os.environ | env)
-    try:
-        yield child
-    finally:
-        if child.poll() is None:
-            child.send_signal(signal.SIGTERM)
-        child.wait()
 
 
 def statuses() -> list[TaskStatus]:
@@ -72,15 +58,15 @@ def charged() -> list[str]:
 
 
 def test_a_worker_killed_in_the_middle_and_redis_emptied_lose_nothing(
-    customer: Customer, submit: Submit
+    customer: Customer, submit: Submit, warm: Warm
 ) -> None:
     submitted = [submit(customer) for _ in range(21)]
-    with process("api.courier"):
-        with process(SLEEPER, "--step-s", "0.5") as worker:
+    with warm.process("api.courier"):
+        with warm.process(SLEEPER, "--step-s", "0.5") as worker:
             wait_until(drawing)
             worker.send_signal(signal.SIGKILL)
             worker.wait()
-        with process(SLEEPER, "--step-s", "0.01"):
+        with warm.process(SLEEPER, "--step-s", "0.01"):
             wait_until(lambda: TaskStatus.COMPLETED in statuses())
             queue.connection.flushall()
             wait_until(all_completed(21))
@@ -94,11 +80,11 @@ def test_a_worker_killed_in_the_middle_and_redis_emptied_lose_nothing(
 
 
 def test_a_worker_that_is_told_to_stop_finishes_its_task_first(
-    customer: Customer, submit: Submit
+    customer: Customer, submit: Submit, warm: Warm
 ) -> None:
     for _ in range(2):
         submit(customer)
-    with process(SLEEPER, "--step-s", "0.2") as worker:
+    with warm.process(SLEEPER, "--step-s", "0.2") as worker:
         wait_until(drawing)
         worker.send_signal(signal.SIGTERM)
         assert worker.wait() == 0
@@ -108,81 +94,72 @@ def test_a_worker_that_is_told_to_stop_finishes_its_task_first(
     assert queue.workers() == 0
 
 
-def test_a_courier_that_is_told_to_stop_does() -> None:
+def test_a_courier_that_is_told_to_stop_does(warm: Warm) -> None:
     def listeners() -> int:
         count: int = queue.connection.pubsub_numsub(events.CHANNEL)[0][1]
         return count
 
     others = listeners()  # the API of these tests may be one
-    with process("api.courier") as courier:
+    with warm.process("api.courier") as courier:
         wait_until(lambda: listeners() > others)
         courier.send_signal(signal.SIGTERM)
         assert courier.wait() == 0
 
 
-def test_an_api_process_that_is_told_to_stop_answers_first(customer: Customer) -> None:
+def test_an_api_process_that_is_told_to_stop_answers_first(customer: Customer, warm: Warm) -> None:
     port = reach.free_port()
-    env = os.environ | {"ZIMAGE_PORT": str(port)}
-    api = subprocess.Popen([sys.executable, "-m", "api", "serve"], env=env)
-    try:
-        answers: list[int] = []
-        with httpx.Client(
+    answers: list[int] = []
+    with (
+        warm.process("api", "serve", ZIMAGE_PORT=str(port)) as api,
+        httpx.Client(
             base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {customer.key}"}
-        ) as http:
-            wait_until(lambda: _answers(http))
-            body = {"prompt": "a cat", "aspect_ratio": "1:1"}
+        ) as http,
+    ):
+        wait_until(lambda: _answers(http))
+        body = {"prompt": "a cat", "aspect_ratio": "1:1"}
 
-            with suppress(httpx.TransportError):  # until it no longer listens
-                for _ in range(50):
-                    answers.append(http.post("/api/generate", json=body).status_code)
-                    if len(answers) == 5:
-                        api.send_signal(signal.SIGTERM)
+        with suppress(httpx.TransportError):  # until it no longer listens
+            for _ in range(50):
+                answers.append(http.post("/api/generate", json=body).status_code)
+                if len(answers) == 5:
+                    api.send_signal(signal.SIGTERM)
         assert api.wait() == -signal.SIGTERM  # uvicorn ends by the signal, once it has answered
-    finally:
-        if api.poll() is None:
-            api.kill()
-            api.wait()
 
     assert set(answers) == {200}
     assert len(statuses()) == len(answers)  # what was answered is there, and nothing else
 
 
-def test_an_api_process_that_is_told_to_stop_lets_those_go_who_wait(customer: Customer) -> None:
+def test_an_api_process_that_is_told_to_stop_lets_those_go_who_wait(
+    customer: Customer, warm: Warm
+) -> None:
     port = reach.free_port()
-    api = subprocess.Popen(
-        [sys.executable, "-m", "api", "serve"], env=os.environ | {"ZIMAGE_PORT": str(port)}
-    )
     messages = {"messages": [{"role": "user", "content": [{"text": "a cat"}]}]}
     held = "/api/v1/services/aigc/multimodal-generation/generation"
-    try:
-        with (
-            httpx.Client(
-                base_url=f"http://127.0.0.1:{port}",
-                headers={"Authorization": f"Bearer {customer.key}"},
-                timeout=100,
-            ) as http,
-            ThreadPoolExecutor(3) as pool,
-        ):
-            wait_until(lambda: _answers(http))
-            body = {"model": "z-image-turbo", "prompt": "a cat"}
-            task_id = http.post("/v1/images/generations", json=body).json()["id"]
-            path = f"/v1/tasks/{task_id}"
-            waits = pool.submit(http.get, path, headers={"Prefer": "wait=60"})
-            holds = pool.submit(http.post, held, json={"model": "z-image-turbo", "input": messages})
-            wait_until(lambda: len(statuses()) == 2)
-            with http.stream("GET", f"{path}/events") as follows:
-                lines = follows.iter_lines()
-                wait_until(lambda: next(lines).startswith("data:"))
-                api.send_signal(signal.SIGTERM)
-                assert not [line for line in lines if line.startswith("data:")]
+    with (
+        warm.process("api", "serve", ZIMAGE_PORT=str(port)) as api,
+        httpx.Client(
+            base_url=f"http://127.0.0.1:{port}",
+            headers={"Authorization": f"Bearer {customer.key}"},
+            timeout=100,
+        ) as http,
+        ThreadPoolExecutor(3) as pool,
+    ):
+        wait_until(lambda: _answers(http))
+        body = {"model": "z-image-turbo", "prompt": "a cat"}
+        task_id = http.post("/v1/images/generations", json=body).json()["id"]
+        path = f"/v1/tasks/{task_id}"
+        waits = pool.submit(http.get, path, headers={"Prefer": "wait=60"})
+        holds = pool.submit(http.post, held, json={"model": "z-image-turbo", "input": messages})
+        wait_until(lambda: len(statuses()) == 2)
+        with http.stream("GET", f"{path}/events") as follows:
+            lines = follows.iter_lines()
+            wait_until(lambda: next(lines).startswith("data:"))
+            api.send_signal(signal.SIGTERM)
+            assert not [line for line in lines if line.startswith("data:")]
 
-            assert waits.result().json()["status"] == "pending"
-            assert holds.result().status_code == 503
+        assert waits.result().json()["status"] == "pending"
+        assert holds.result().status_code == 503
         assert api.wait() == -signal.SIGTERM
-    finally:
-        if api.poll() is None:
-            api.kill()
-            api.wait()
 
     # Whoever was held and got no image does not pay for it; whoever polls finds the task.
     assert sorted(statuses()) == [TaskStatus.CANCELLED, TaskStatus.PENDING]

@@ -5,6 +5,7 @@ several devices there is a process for each of them. `python -m worker doctor` n
 """
 
 import argparse
+import gc
 import os
 import secrets
 import socket
@@ -52,10 +53,14 @@ def draw_on(device: str) -> int:
     """Load the model on `device` and take jobs until told to stop. Returns the exit status."""
     from storage.settings import settings as storage_settings
 
+    gc.disable()  # what is imported stays: looking for garbage in it takes a seventh of the start
     # Imported only now: torch takes seconds, and a broken setting should not wait for it.
     from worker import generate, loading, marking, moderation, prompt_extend
     from worker.settings import settings
     from worker.stages import Worker
+
+    gc.freeze()
+    gc.enable()
 
     try:
         device, _ = loading.choose_here(device, settings.dtype)
