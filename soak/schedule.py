@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from soak.stage import Child, ServiceChild, Stage
+from soak.children import Child, ServiceChild
+from soak.stage import Stage
 from soak.wires import Cut, StoreFault
 
 WEIGHTS = {
