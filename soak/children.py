@@ -7,7 +7,7 @@ import pwd
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -129,9 +129,10 @@ class Nursery:
         self._children: dict[int, Child] = {}
         self._gone: set[int] = set()
 
-    async def open(self, env: dict[str, str], without: str | None) -> None:
+    async def open(self, env: dict[str, str], imports: Sequence[str], without: str | None) -> None:
+        guard = ["--without", without] if without else []
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "soak.nursery", *([without] if without else [])),
+            *(sys.executable, "-m", "soak.nursery", *guard, "--with", *imports),
             env=env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

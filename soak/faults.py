@@ -30,7 +30,7 @@ BOOKS_S = 2.0
 QUIET_S = 240
 """How long what is owed may take, once nothing goes wrong any more."""
 PAINTER = ("soak.painter",)
-REAL = ("worker",)
+REAL = ("worker", "worker.demo.build", "worker.loading", "worker.prompt_extend")
 GUARDS = ("fencing", "charge", "lease", "delivery", "repair")
 """Those of `soak.without`, which only a process of the service can import."""
 WITHOUT_INVARIANTS = """

@@ -1,4 +1,4 @@
-"""`python -m soak.nursery [GUARD]`: forks the service's processes from one that has imported them.
+"""`python -m soak.nursery`: forks the service's processes from one that has imported them.
 
 A process is killed every other second, and two seconds of importing for each start would be most of
 what the machine does. Otherwise they are what `python -m MODULE` is: processes of their own.
@@ -8,6 +8,7 @@ to its `env`, the path of its `log`, and how wrong its clock is, `clock_off_s`. 
 {"started": pid}, and {"ended": pid} in the end.
 """
 
+import argparse
 import ctypes
 import gc
 import importlib
@@ -43,12 +44,15 @@ def end_with_parent() -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m soak.nursery", description=__doc__)
+    parser.add_argument("--with", dest="more", nargs="*", default=[], help="modules to import")
+    parser.add_argument("--without", help="the guard to take away")
+    asked = parser.parse_args()
     end_with_parent()
-    for module in IMPORTED:
+    for module in (*IMPORTED, *asked.more):
         importlib.import_module(module)
-    if len(sys.argv) > 1:
-        without = importlib.import_module("soak.without")
-        without.GUARDS[sys.argv[1]]()
+    if asked.without:
+        importlib.import_module("soak.without").GUARDS[asked.without]()
     gc.freeze()
     signal.signal(signal.SIGCHLD, lambda *_: None)
     ended, wake = os.pipe()

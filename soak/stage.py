@@ -53,8 +53,8 @@ class Addresses:
 class Stage:
     """Servers, wires, receiver and processes in `folder`.
 
-    `painter` are the arguments of a worker's process. `without` names the guard that the processes
-    run without; see `soak.without`.
+    `painter` is what a worker's process runs: a module, and what it imports late. `without` names
+    the guard that the processes run without; see `soak.without`.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class Stage:
     ) -> None:
         self._folder = folder
         self._without = without
+        worker, *self._imports = painter
         self.postgres = ServerChild(servers.postgres(folder / "postgres"), folder)
         self.valkey = ServerChild(servers.valkey(folder / "valkey", reach.free_port()), folder)
         self.store = ServerChild(servers.s3(folder / "s3", reach.free_port()), folder)
@@ -81,7 +82,7 @@ class Stage:
             for number, port in enumerate(self._ports)
         ]
         self.couriers = [self._child(f"courier-{n}", "api.courier") for n in range(cast.couriers)]
-        self.workers = [self._child(f"worker-{n}", *painter) for n in range(cast.workers)]
+        self.workers = [self._child(f"worker-{n}", worker) for n in range(cast.workers)]
 
     @property
     def bases(self) -> list[str]:
@@ -108,7 +109,7 @@ class Stage:
         await self.postgres_wire.open(self._folder / "wire" / POSTGRES_SOCKET)
         await self.store_wire.open(self._store_wire_port)
         await self.receiver.open()
-        await self._nursery.open(self._environment(), self._without)
+        await self._nursery.open(self._environment(), self._imports, self._without)
         await self.command("api", "prepare")
         for child in (*self.apis, *self.couriers, *self.workers):
             await child.start()

@@ -27,7 +27,8 @@ BELL_S = 2
 """Bounds how long RQ waits for a job before it looks around, and so, with the time for an answer,
 how late a Redis that hangs is noticed."""
 AWAY_LOOK_S = 1.0
-"""While Redis is away the rows are looked at this often, by each worker that has nothing to do."""
+"""While Redis is away the rows are looked at this often, by each worker that has nothing to do, and
+while the database is away bells are heard this often."""
 LOOK_UP_S = 5.0
 """How often the loop looks up while the GPU has enough to do."""
 
@@ -150,7 +151,12 @@ def employ(worker: Worker) -> None:
 
 def run() -> None:
     """Claim the task whose turn it is. Run once too often, it finds nothing."""
-    _employed().take()
+    try:
+        _employed().take()
+    except ServiceUnavailable:
+        # The bell is used up; the repairs ring again for what waits.
+        logger.warning("worker.database_away")
+        time.sleep(AWAY_LOOK_S)
 
 
 def serve(worker: Worker, about: Callable[[], dict[str, object]]) -> None:
