@@ -49,7 +49,8 @@ soak: .venv/installed ## Break the service for an hour, and audit what is left
 soak-guards: .venv/installed ## Take each guard away in turn: the audit must notice
 	@for guard in fencing charge lease delivery repair; do \
 		echo "Without $$guard:"; \
-		if $(BIN)/python -m soak.faults --seconds 90 --faults 200 --customers 24 --without $$guard; then \
+		if $(BIN)/python -m soak.faults --seconds 60 --faults 120 --customers 24 --patience-s 90 \
+			--without $$guard; then \
 			echo "Nobody has noticed that $$guard is gone." >&2; exit 1; fi; done
 
 format: .venv/installed ## Write the code as `lint` wants it, where that needs no thought

@@ -27,8 +27,6 @@ CREDITS = 10**8
 POOR_CREDITS = 3_000
 """Of the last account: enough for 200 images, and then it is refused."""
 BOOKS_S = 2.0
-QUIET_S = 240
-"""How long what is owed may take, once nothing goes wrong any more."""
 PAINTER = ("soak.painter",)
 REAL = ("worker", "worker.demo.build", "worker.loading", "worker.prompt_extend")
 GUARDS = ("fencing", "charge", "lease", "delivery", "repair")
@@ -76,12 +74,12 @@ async def run(asked: argparse.Namespace, folder: Path) -> bool:
         await playing
         await player.heal()
         print(f"{time.monotonic() - loaded:.0f} s of load; waiting for what is owed", flush=True)
-        await asyncio.wait(living, timeout=QUIET_S)
+        await asyncio.wait(living, timeout=asked.patience_s)
         late = [task for task in living if not task.done()]
         for task in living:
             if task.done():
                 task.result()  # a customer that broke is a bug of ours
-        await _quiet(checker)
+        await _quiet(checker, asked.patience_s)
         auditing.cancel()
         wishes = [wish for customer in customers for wish in customer.wishes]
         receiver = stage.receiver
@@ -143,10 +141,10 @@ async def _look_at_books(checker: Checker) -> None:
         await asyncio.sleep(BOOKS_S)
 
 
-async def _quiet(checker: Checker) -> None:
+async def _quiet(checker: Checker, patience_s: float) -> None:
     """Wait until nothing is left to be done, or for long enough to call it lost."""
     with suppress(TimeoutError):
-        async with asyncio.timeout(QUIET_S):
+        async with asyncio.timeout(patience_s):
             while not await asyncio.to_thread(checker.quiet):
                 await asyncio.sleep(0.5)
 
@@ -170,6 +168,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--apis", type=int, default=3, help="processes")
     parser.add_argument("--couriers", type=int, default=2, help="processes")
     parser.add_argument("--workers", type=int, default=4, help="processes")
+    parser.add_argument(
+        "--patience-s",
+        type=float,
+        default=240,
+        help="how long what is owed may take, once nothing goes wrong any more",
+    )
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument("--real-model", action="store_true", help="draw with the demo model")
     parser.add_argument("--without", choices=GUARDS, help="take this guard away")
