@@ -33,13 +33,14 @@ OPEN = "SELECT count(*) FROM tasks WHERE status IN ('pending', 'processing')"
 OWED = "SELECT count(*) FROM deliveries WHERE state = 'waiting'"
 
 BOOKS = """
-    SELECT a.id, a.balance, a.reserved, a.unfinished,
-           (SELECT coalesce(sum(amount), 0) FROM ledger_entries e WHERE e.account_id = a.id) AS sum,
-           (SELECT coalesce(sum(price), 0) FROM tasks t WHERE t.account_id = a.id
-               AND status IN ('pending', 'processing')) AS held,
-           (SELECT count(*) FROM tasks t WHERE t.account_id = a.id
-               AND status IN ('pending', 'processing')) AS open
+    SELECT a.id, a.balance, a.reserved, a.unfinished, coalesce(e.sum, 0) AS sum,
+           coalesce(t.held, 0) AS held, coalesce(t.open, 0) AS open
       FROM accounts a
+      LEFT JOIN (SELECT account_id, sum(amount) FROM ledger_entries GROUP BY 1) e
+             ON e.account_id = a.id
+      LEFT JOIN (SELECT account_id, sum(price) AS held, count(*) AS open FROM tasks
+                  WHERE status IN ('pending', 'processing') GROUP BY 1) t
+             ON t.account_id = a.id
 """
 
 
