@@ -164,7 +164,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m soak.faults", description=__doc__)
     parser.add_argument("--seconds", type=float, default=1800, help="of load and faults")
     parser.add_argument("--faults", type=int, default=1000)
-    parser.add_argument("--customers", type=int, default=40, help="at a time")
+    parser.add_argument("--customers", type=int, default=130, help="at a time")
     parser.add_argument("--apis", type=int, default=3, help="processes")
     parser.add_argument("--couriers", type=int, default=2, help="processes")
     parser.add_argument("--workers", type=int, default=4, help="processes")

@@ -28,7 +28,7 @@ STATEMENT_TIMEOUT_S = 30
 GIVE_UP_S = STATEMENT_TIMEOUT_S + 5
 """A statement of a transaction that the server has not ended by then is given up, as one that hangs
 where the rest of the server does not."""
-IDLE_TIMEOUT_S = 15
+IDLE_TIMEOUT_S = 5
 """A process that stands still in the middle of a transaction loses it, and its locks, after this:
 nothing but statements is ever done in one."""
 POOL_SIZE = 20

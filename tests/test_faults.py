@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     Submit = Callable[..., Task]
 
 SEED = 20261121
-SECONDS = 18
-FAULTS = 30
+SECONDS = 12
+FAULTS = 20
 
 
 def test_the_same_seed_has_the_same_faults_and_another_has_others() -> None:
