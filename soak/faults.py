@@ -61,7 +61,9 @@ async def run(asked: argparse.Namespace, folder: Path) -> bool:
             for number in range(asked.customers)
         ]
         longest_s = min(schedule.COURIER_LONG_S, asked.seconds / 4)
-        plan = schedule.plan(asked.seed, asked.seconds, asked.faults, longest_s=longest_s)
+        plan = schedule.plan(
+            asked.seed, asked.seconds, asked.faults, kinds=asked.kinds, longest_s=longest_s
+        )
         say = print if asked.verbose else _say_nothing
         player = schedule.Player(stage)
         over = asyncio.Event()
@@ -164,6 +166,14 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m soak.faults", description=__doc__)
     parser.add_argument("--seconds", type=float, default=1800, help="of load and faults")
     parser.add_argument("--faults", type=int, default=1000)
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=schedule.WEIGHTS,
+        default=list(schedule.WEIGHTS),
+        help="of faults; without it, all",
+        metavar="KIND",
+    )
     parser.add_argument("--customers", type=int, default=130, help="at a time")
     parser.add_argument("--apis", type=int, default=3, help="processes")
     parser.add_argument("--couriers", type=int, default=2, help="processes")

@@ -38,7 +38,8 @@ class Painter(Unbatched):
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m soak.painter", description=__doc__)
-    parser.add_argument("--step-s", type=float, default=0.0005)
+    default = os.environ.get("SOAK_STEP_S", "0.0005")
+    parser.add_argument("--step-s", type=float, default=float(default), help=f"default {default}")
     asked = parser.parse_args()
     configure("worker")
     worker = Worker(

@@ -4,7 +4,7 @@ import asyncio
 import random
 import signal
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -68,14 +68,20 @@ class Fault:
 
 
 def plan(
-    seed: int, seconds: float, faults: int, *, longest_s: float = COURIER_LONG_S
+    seed: int,
+    seconds: float,
+    faults: int,
+    *,
+    kinds: Collection[str] = tuple(WEIGHTS),
+    longest_s: float = COURIER_LONG_S,
 ) -> list[Fault]:
-    """`faults` faults within `seconds`, the same for the same arguments."""
+    """`faults` faults of these `kinds` within `seconds`, the same for the same arguments."""
     chance = random.Random(seed)
     moments = sorted(chance.uniform(0, seconds) for _ in range(faults))
-    kinds = chance.choices(list(WEIGHTS), list(WEIGHTS.values()), k=faults)
+    weights = {kind: weight for kind, weight in WEIGHTS.items() if kind in kinds}
+    drawn = chance.choices(list(weights), list(weights.values()), k=faults)
     return [
-        _fault(chance, at_s, kind, longest_s) for at_s, kind in zip(moments, kinds, strict=True)
+        _fault(chance, at_s, kind, longest_s) for at_s, kind in zip(moments, drawn, strict=True)
     ]
 
 

@@ -13,6 +13,7 @@ repair    nothing that a crash left behind is looked for
 
 from collections.abc import Callable
 
+from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from storage import deliveries, events, repair, tasks
@@ -21,14 +22,25 @@ from storage.models import Task, TaskStatus
 from storage.tasks import Claim
 
 
-def fencing() -> None:
+def _whoever_claims() -> None:
+    """No worker is told that it has lost a claim, and none is asked whose it is."""
     tasks._held = lambda claim: (Task.id == claim.task_id,)
+    asked = str(tasks._RENEW)
+    tasks._RENEW = text(
+        asked.replace("tasks.attempt = held.attempt AND", "").replace(
+            "RETURNING tasks.id, tasks.attempt", "RETURNING tasks.id, held.attempt"
+        )
+    )
+
+
+def fencing() -> None:
+    _whoever_claims()
     tasks.BEFORE.update(dict.fromkeys(tasks.BEFORE, tuple(TaskStatus)))
     tasks.BEFORE[TaskStatus.PROCESSING] = (TaskStatus.PENDING,)
 
 
 def charge() -> None:
-    tasks._held = lambda claim: (Task.id == claim.task_id,)
+    _whoever_claims()
     tasks.BEFORE[TaskStatus.COMPLETED] = (TaskStatus.PROCESSING, TaskStatus.COMPLETED)
 
 
