@@ -37,6 +37,11 @@ WITHOUT_INVARIANTS = """
                      WHERE NOT tgisinternal LOOP
             EXECUTE format('DROP TRIGGER %I ON %s', each.tgname, each.relation);
         END LOOP;
+        FOR each IN SELECT conname, conrelid::regclass AS relation FROM pg_constraint
+                     WHERE contype = 'c' AND connamespace = 'public'::regnamespace
+                       AND conrelid <> 0 LOOP
+            EXECUTE format('ALTER TABLE %s DROP CONSTRAINT %I', each.relation, each.conname);
+        END LOOP;
     END $$
 """
 """The database refuses by itself what most guards are for, and would hide that one is gone."""
