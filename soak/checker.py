@@ -211,6 +211,9 @@ class Checker:
     def _check_wish(self, wish: Wish, found: dict[str, dict[str, Any]]) -> None:
         for task_id in wish.task_ids - found.keys():
             self.findings.breach("lost", f"{task_id} of {wish.name} is not there")
+        painted = [task for task in found.values() if str(task["worker"]).startswith("painter")]
+        if painted and wish.colour not in (None, colour_of(wish.seed)):
+            self.findings.breach("wrong answers", f"{wish.name} was shown another's image")
         completed = sum(task["status"] == "completed" for task in found.values())
         if completed < wish.shown:
             self.findings.breach("uncharged with an image", f"{wish.name}: {wish.shown} were shown")

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 from PIL import Image
 
-from soak.colours import LEVELS, colour_of
+from soak.colours import LEVELS
 from soak.receiver import Receiver, evolink_status
 
 SENDS_MAX = 200
@@ -60,6 +60,8 @@ class Wish:
     """Task to the end that the customer was told."""
     shown: int = 0
     """The most images that one answer carried."""
+    colour: object = None
+    """Of the image, where the answer had it whole."""
     faults: list[str] = field(default_factory=list)
     """Answers that no customer should get."""
 
@@ -294,9 +296,8 @@ def _read_openai(wish: Wish, answer: Any) -> None:
 
 def _read_local(wish: Wish, answer: Any) -> None:
     image = Image.open(io.BytesIO(base64.b64decode(answer["image"])))
-    if image.getpixel((0, 0)) != colour_of(wish.seed):
-        wish.faults.append("the image is not the one of this seed")
     wish.shown = 1
+    wish.colour = image.convert("RGB").getpixel((0, 0))
 
 
 DIALECTS = {
