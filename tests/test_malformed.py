@@ -13,7 +13,7 @@ import pytest
 from api.app import create_app
 from soak.malformed import Answer, Judge, bombard, valid_shots
 from soak.target import make_names, written
-from tests.conftest import Atelier, Customer, NewCustomer, case
+from tests.conftest import Atelier, Customer, NewCustomer, assert_untouched, case
 
 DOCUMENT = create_app().openapi()
 SEED = 1
@@ -165,3 +165,20 @@ def test_whoever_hangs_up_in_the_middle_of_a_body_is_no_error_of_ours(
 
     assert answered == b""
     assert "request.failed" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("field", ["user", "safety_identifier"])
+def test_half_a_pair_that_an_answer_would_repeat_is_refused_before_anything_is_drawn(
+    customer: Customer, field: str
+) -> None:
+    body = json.dumps({"model": "z-image-turbo", "prompt": "a fox", field: "\ud800"})
+
+    answer = customer.http.post(
+        "/openai/v1/images/generations",
+        content=body,
+        headers={"Content-Type": "application/json"},
+    )
+
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == field
+    assert_untouched(customer)

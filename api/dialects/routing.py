@@ -203,8 +203,13 @@ def drawable(prompt: str) -> str:
         raise ValueError("must not be empty")
     if "\0" in prompt:
         raise ValueError("must not contain the NUL character")
+    return writable(prompt)
+
+
+def writable(text: str) -> str:
+    """A text that can be kept, and repeated in an answer, for pydantic. Raises: ValueError."""
     try:
-        prompt.encode()
+        text.encode()
     except UnicodeEncodeError:  # half of an escaped pair, which no database takes
         raise ValueError("must be valid Unicode") from None
-    return prompt
+    return text

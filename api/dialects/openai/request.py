@@ -68,9 +68,9 @@ class ImagesRequest(BaseModel):
     quality: Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"] | None = (
         None
     )
-    safety_identifier: StrictStr | None = None
+    safety_identifier: Annotated[StrictStr, AfterValidator(routing.writable)] | None = None
     style: Literal["vivid", "natural"] | None = None
-    user: StrictStr | None = None
+    user: Annotated[StrictStr, AfterValidator(routing.writable)] | None = None
 
     def check_stream(self) -> None:
         """Raises: InvalidRequest: an event has no room for a URL."""
