@@ -5,7 +5,7 @@ BIN := .venv/bin
 EXTRAS := worker,local,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help up test lint check format lock clean bench-waiting bench-worker bench-gpu bench-expiry soak soak-guards
+.PHONY: help up test lint check format lock clean bench bench-compare bench-peers bench-chart bench-waiting bench-worker bench-gpu bench-expiry soak soak-guards
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | \
@@ -25,6 +25,22 @@ lint: .venv/installed ## Check format, rules, types and who imports whom
 	@$(BIN)/lint-imports
 
 check: lint test ## Everything that must hold before a commit
+
+bench: .venv/installed ## Measure every figure that is quoted, each with its goal (needs wrk)
+	@$(BIN)/python -m benchmarks $(if $(SAVE),--save $(SAVE))
+
+bench-compare: .venv/installed ## Measure this tree beside an older one: BASE=<git revision>
+	@test -n "$(BASE)" || { echo "Which revision? make bench-compare BASE=main" >&2; exit 1; }
+	@$(BIN)/python -m benchmarks.compare $(BASE) $(MODULES)
+
+bench-peers: .venv/installed ## Measure beside FastAPI with the ORM, and RQ or Celery
+	@$(BIN)/python -m benchmarks.peers
+
+# matplotlib is needed for nothing else, and so is in none of the other extras.
+bench-chart: .venv/installed ## Draw docs/performance.svg from what `make bench SAVE=FILE` saved: FROM=FILE
+	@test -n "$(FROM)" || { echo "From which file? make bench SAVE=FILE; make bench-chart FROM=FILE" >&2; exit 1; }
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@$(BIN)/python -m benchmarks.chart $(FROM) docs/performance.svg
 
 bench-waiting: .venv/installed ## Measure what callers who wait cost the others
 	@$(BIN)/python -m benchmarks.waiting
@@ -81,5 +97,5 @@ lock: ## Write the newest versions that fit into constraints.txt
 	cp "$$folder/constraints.txt" constraints.txt
 
 clean: ## Remove what can be made again; the data folder stays
-	@rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache *.egg-info
+	@rm -rf .venv .bench .mypy_cache .pytest_cache .ruff_cache .import_linter_cache *.egg-info
 	@find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -4,13 +4,15 @@ Every command is an edge like an endpoint: parse, one transaction over the same 
 """
 
 import argparse
+import gc
 import inspect
 import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -38,26 +40,40 @@ NOT_STARTED = 3
 """Exit status where the address could not be listened on: uvicorn's own."""
 PERIOD_MAX = 36_500
 """Days or hours: long enough for everybody, short enough for a date."""
+POLL_S = 0.01
 
 
 def serve(args: argparse.Namespace) -> None:
     """Answer HTTP on ZIMAGE_HOST and ZIMAGE_PORT until SIGTERM."""
+    gc.disable()  # what is loaded stays: there is no garbage in it to look for
+    _check_image_store()  # first: the room that it gives back is then taken by what is loaded next
+
     import uvicorn
 
     from api.app import create_app
     from api.connections import BoundedProtocol
     from api.settings import settings as api_settings
-    from storage.logs import configure
+    from storage.logs import Behind, configure
 
-    configure("api")
-    _check_image_store()
+    log = Behind(sys.stdout)
+    configure("api", log)
     app = create_app()
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+    _wait_for(args.after)
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets: list[socket] | None = None) -> None:
             """Let those go who wait, before it is waited for them."""
             app.state.waiting.stop()
             await super().shutdown(sockets)
+
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            with super().capture_signals():  # which ends this process by the signal, at once
+                yield
+                log.drain()
 
     server = Server(
         uvicorn.Config(
@@ -84,20 +100,32 @@ def prepare(args: argparse.Namespace) -> None:
     import alembic.command
     from alembic.config import Config
 
+    _check_image_store()
+    _wait_for(args.after)
     with transaction() as session:  # a database that does not answer is said in one sentence
         session.connection()
     alembic.command.upgrade(Config(toml_file=ROOT / "pyproject.toml"), "head")
-    _check_image_store()
     objects.make_bucket()
+    if args.demo_credentials is not None:
+        path, account_id = args.demo_credentials
+        _write_demo_credentials(Path(path), account_id)
 
 
 def _check_image_store() -> None:
+    """Whether it answers does not matter yet: it may come, and `/ready` tells."""
     try:
-        objects.check()
+        objects.load()
     except objects.TemporaryCredentials as error:
         sys.exit(str(error))
-    except StorageUnavailable:
-        return  # it may come; `/ready` tells
+
+
+def _wait_for(path: Path | None) -> None:
+    """Return once `path` is there; end if whoever started us ends before."""
+    starter = os.getppid()
+    while path is not None and not path.exists():
+        if os.getppid() != starter:
+            sys.exit(f"Nobody is left who would make {path}")
+        time.sleep(POLL_S)
 
 
 def demo_credentials(args: argparse.Namespace) -> None:
@@ -105,15 +133,19 @@ def demo_credentials(args: argparse.Namespace) -> None:
 
     A demo account that is there already, of another data folder, gets a new key and no credits.
     """
-    if args.path.exists():
+    _write_demo_credentials(args.path, args.account)
+
+
+def _write_demo_credentials(path: Path, account_id: str | None) -> None:
+    if path.exists():
         return
-    args.path.parent.mkdir(parents=True, exist_ok=True)
-    written = args.path.with_name(args.path.name + ".new")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = path.with_name(path.name + ".new")
     written.unlink(missing_ok=True)
     with transaction() as session:
-        demo = session.get(Account, args.account or "")
+        demo = session.get(Account, account_id or "")
         if demo is None:
-            demo = accounts.create(session, "demo", account_id=args.account)
+            demo = accounts.create(session, "demo", account_id=account_id)
             ledger.grant(session, demo.id, DEMO_CREDITS, actor=ACTOR, note="demo credits")
         _, api_key = accounts.issue_key(session, demo.id, name="demo", requests_per_minute=None)
         operator = accounts.create(session, "operator")
@@ -129,7 +161,7 @@ def demo_credentials(args: argparse.Namespace) -> None:
         descriptor = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(text)
-    written.rename(args.path)
+    written.rename(path)
 
 
 def create_account(args: argparse.Namespace) -> None:
@@ -372,8 +404,16 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    command(serve, "serve")
-    command(prepare, "prepare")
+    after = "load everything, then wait until this file is there"
+    command(serve, "serve").add_argument("--after", type=Path, help=after)
+    sub = command(prepare, "prepare")
+    sub.add_argument("--after", type=Path, help=after)
+    sub.add_argument(
+        "--demo-credentials",
+        nargs=2,
+        metavar=("PATH", "ACCOUNT"),
+        help="then do what `demo-credentials` does",
+    )
     sub = command(demo_credentials, "demo-credentials")
     sub.add_argument("path", type=Path)
     sub.add_argument("account", nargs="?", help="the demo account's id; without it, a new one")

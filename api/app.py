@@ -1,5 +1,6 @@
 """The HTTP application: the dialects, the operators' routes, and what all answers share."""
 
+import random
 import re
 import secrets
 import time
@@ -14,7 +15,6 @@ import structlog
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from redis.exceptions import RedisError
-from starlette.datastructures import MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
@@ -25,6 +25,7 @@ from api.answers import JSON, Problem
 from api.auth import Admission
 from api.batching import Batcher
 from api.dialects import dashscope, evolink, local, openai, zimageturbo
+from api.direct import Direct
 from api.settings import settings
 from api.waiting import Waiting
 from storage import fairness, objects, queue
@@ -53,6 +54,8 @@ EXPOSED = (
     "X-Request-ID",
 )
 """Headers of ours that a page in a browser may read."""
+_ids = random.Random(secrets.randbits(128))  # noqa: S311 - no secret
+"""What names requests: the system's randomness would cost each a system call."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 TAGS = [
@@ -75,6 +78,7 @@ def create_app() -> FastAPI:
         openapi_tags=TAGS,
         redirect_slashes=False,
         lifespan=_until_stopped,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # `/metrics` is ours
     )
     app.state.admission = Admission()
     app.state.submissions = Batcher(batching.submit)
@@ -89,23 +93,26 @@ def create_app() -> FastAPI:
         # Some load balancers ask with HEAD.
         app.add_api_route(path, look, methods=["HEAD"], include_in_schema=False)
     # The more particular prefix first: what one dialect leaves open is 404 in that dialect.
-    for router in admin.routers():
-        app.include_router(router, tags=["admin"])
+    found = [("admin", router) for router in admin.routers()]
     for dialect in (local, evolink, dashscope, zimageturbo, openai):
-        for router in dialect.routers():
-            app.include_router(router, tags=[dialect.NAME])
+        found += [(dialect.NAME, router) for router in dialect.routers()]
+    for name, router in found:
+        app.include_router(router, tags=[name])
+    count = metrics.mount(app)
+    app.add_exception_handler(404, _nothing_here)
+    app.add_exception_handler(405, _nothing_here)
+    app.add_exception_handler(Exception, _failed)
+    # Around FastAPI's own layers, and not within them: most requests need none of those.
+    edge: ASGIApp = Direct(app.build_middleware_stack(), found)
     if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
+        edge = CORSMiddleware(
+            edge,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=EXPOSED,
         )
-    metrics.mount(app)
-    app.add_middleware(RequestLog)
-    app.add_exception_handler(404, _nothing_here)
-    app.add_exception_handler(405, _nothing_here)
+    app.middleware_stack = Edge(edge, count)
     return app
 
 
@@ -113,7 +120,6 @@ def create_app() -> FastAPI:
 async def _until_stopped(app: FastAPI) -> AsyncIterator[None]:
     yield
     await app.state.waiting.close()
-    await app.state.admission.close()
 
 
 async def health() -> Response:
@@ -178,15 +184,26 @@ async def _nothing_here(request: Request, error: Exception) -> Response:
     return Problem({"title": title, "status": status}, status, headers)
 
 
-class RequestLog:
-    """Gives every request an id, every answer the header `X-Request-ID`, and the log a line.
+def _internal_error() -> Response:
+    return Problem({"title": "Internal Server Error", "status": 500}, 500)
 
-    An id that the caller sends is kept if it is of a harmless form. What nobody caught ends here,
-    as a 500 that says nothing and a traceback in the log.
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """What FastAPI answers where nobody caught `error`, which it raises again: for the log."""
+    return _internal_error()
+
+
+class Edge:
+    """What all requests have in common, around everything else.
+
+    Gives every request an id, every answer the header `X-Request-ID`, the log a line and the
+    metrics a count. An id that the caller sends is kept if it is of a harmless form. What nobody
+    caught ends here, as a 500 that says nothing and a traceback in the log.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, count: metrics.Count) -> None:
         self._app = app
+        self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -203,9 +220,9 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["X-Request-ID"] = request_id
-                security_headers.add_to(headers, scope["path"])
+                headers = list(message.get("headers", ()))
+                headers.append((b"x-request-id", request_id.encode()))
+                message["headers"] = security_headers.added_to(headers, scope["path"])
             await send(message)
 
         try:
@@ -213,16 +230,17 @@ class RequestLog:
         except Exception:
             logger.exception("request.failed", path=scope["path"])
             if status == 0:
-                answer = Problem({"title": "Internal Server Error", "status": 500}, 500)
-                await answer(scope, receive, send_with_id)
+                await _internal_error()(scope, receive, send_with_id)
         finally:
+            took_s = time.perf_counter() - started
+            self._count(scope, status or 500, took_s)
             if scope["path"] not in PROBES or status >= 400:
                 logger.info(
                     "request",
                     method=scope["method"],
                     path=scope["path"],
                     status=status,
-                    ms=round((time.perf_counter() - started) * 1000, 1),
+                    ms=round(took_s * 1000, 1),
                 )
 
 
@@ -232,4 +250,4 @@ def _request_id(scope: MutableMapping[str, Any]) -> str:
             sent = value.decode("latin-1")
             if _REQUEST_ID.fullmatch(sent):
                 return str(sent)
-    return f"req_{secrets.token_hex(12)}"
+    return f"req_{_ids.getrandbits(96):024x}"

@@ -114,9 +114,8 @@ class Admission:
         if scheme.lower() != "bearer" or not secret.strip():
             raise Unauthenticated
         digest = accounts.digest(secret.strip())
-        lane = self._doubtful if self._wrong_keys.full(request) else self._keys
         try:
-            credential = await self._believed(digest, partial(lane.add, digest))
+            credential = await self._believed(digest, partial(self._look_up, request, digest))
             if credential.expires_at is not None and credential.expires_at <= datetime.now(UTC):
                 raise Unauthenticated
         except Unauthenticated:
@@ -126,6 +125,10 @@ class Admission:
             raise AccountSuspended
         return credential
 
+    async def _look_up(self, request: Request, digest: bytes) -> Credential:
+        lane = self._doubtful if self._wrong_keys.full(request) else self._keys
+        return await lane.add(digest)
+
     async def _believed(self, key: bytes, look: Callable[[], Awaitable[Credential]]) -> Credential:
         asked_at, credential = self._cache.get(key, (0.0, None))
         # Counted from before the look: what was revoked while it took place is believed no longer.
@@ -134,10 +137,6 @@ class Admission:
             credential = await look()
             self._cache[key] = asked_at, credential
         return credential
-
-    async def close(self) -> None:
-        """Let go of what the doors hold open."""
-        await self._limiter.close()
 
 
 def _find_keys(digests: Sequence[bytes]) -> list[Credential | ServiceError]:
@@ -210,10 +209,11 @@ bearer = HTTPBearer(auto_error=False, description="An API key: `Authorization: B
 """Tells the documentation how a key is shown; `Admission` is what looks at it."""
 
 
-def _caller(request: Request) -> Credential:
+async def caller_of(request: Request) -> Credential:
+    """Whoever was let in. A coroutine, since FastAPI would give a function a thread."""
     credential: Credential = request.state.caller
     return credential
 
 
-Caller = Annotated[Credential, Depends(_caller)]
+Caller = Annotated[Credential, Depends(caller_of)]
 """Whoever the route's door let in."""

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 from storage import fairness, queue, tasks
-from storage.database import transaction
+from storage.database import look, transaction
 from storage.errors import ServiceError, ServiceUnavailable, TaskNotFound
 from storage.models import Task
 
@@ -94,12 +94,12 @@ def submit(batch: Sequence[tasks.Submission]) -> list[tasks.Outcome]:
 
 def find(batch: Sequence[tuple[str, str]]) -> list[Task | ServiceError]:
     """The tasks of a batch of (account id, task id)."""
-    with transaction() as session:
+    with look() as session:
         found = tasks.find_many(session, batch)
     return [found.get(asked) or TaskNotFound() for asked in batch]
 
 
 def places(batch: Sequence[tuple[float, str]]) -> list[int]:
     """How many tasks wait before each of a batch of (fair tag, id)."""
-    with transaction() as session:
+    with look() as session:
         return fairness.places(session, batch, at_most=tasks.WAITING_COUNT_MAX)

@@ -8,6 +8,7 @@ another's (request smuggling, RFC 9112 section 11.2): those are refused here.
 
 import asyncio
 from collections import defaultdict
+from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -34,6 +35,33 @@ class Ambiguous(Exception):
     """Where this request ends, or whom it is for, can be read in more than one way."""
 
 
+class Corked:
+    """A transport that sends together what is written in one turn of the loop: uvicorn writes the
+    head and the body of an answer one by one, and each costs a system call and a packet."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._held: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        if not self._held:
+            self._loop.call_soon(self._send)
+        self._held.append(data)
+
+    def close(self) -> None:
+        self._send()
+        self._transport.close()
+
+    def _send(self) -> None:
+        if self._held:
+            held, self._held = self._held, []
+            self._transport.write(b"".join(held))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
 class BoundedProtocol(HttpToolsProtocol):
     """uvicorn's protocol with bounds: what breaks one is told so, if it can be, and hung up on."""
 
@@ -50,7 +78,7 @@ class BoundedProtocol(HttpToolsProtocol):
     _deaf = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(Corked(transport, self.loop))  # type: ignore[arg-type]
         if len(self.connections) > self.connections_max:
             self._refuse(503)
         else:

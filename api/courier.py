@@ -7,24 +7,32 @@ outcome, so a receiver that hangs holds nothing but its coroutine.
 import asyncio
 import resource
 import signal
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
 from redis.exceptions import RedisError
 
 from api import callbacks, egress
+from api.batching import Batcher
 from storage import books, deliveries, events, repair
 from storage.database import transaction
-from storage.deliveries import Attempt
+from storage.deliveries import Attempt, End
 from storage.errors import ServiceUnavailable
 from storage.logs import configure
+from storage.models import DeliveryState
 from storage.sealing import CannotUnseal
 
 IN_FLIGHT_MAX = 1000
 """Attempts at a time in this process."""
 ACCOUNT_IN_FLIGHT_MAX = 50
 """Attempts at a time for one account, about: at this number no more of its deliveries are taken."""
+SILENT_S = 2.0
+"""A receiver that says nothing for so long gets few attempts at a time, until it answers."""
+SILENT_IN_FLIGHT_MAX = 2
+SILENT_FOR_S = 60.0
+"""After this it is believed in again."""
 CLAIM_MAX = 50
 LOOK_S = 1.0
 """How often to look for deliveries that no event told of."""
@@ -45,7 +53,11 @@ class Courier:
     def __init__(self) -> None:
         self._client = egress.client()
         self._in_flight: Counter[str] = Counter()
+        self._to_receivers: Counter[str] = Counter()
+        self._silent: dict[str, float] = {}
+        """Receivers, by when they last were silent."""
         self._attempts: set[asyncio.Task[None]] = set()
+        self._records = Batcher(_record)
         self._wake = asyncio.Event()
         self.stopping = asyncio.Event()
 
@@ -68,10 +80,14 @@ class Courier:
         while not self.stopping.is_set():
             self._wake.clear()
             try:
-                taken = await asyncio.to_thread(self._claim)
+                limit = min(CLAIM_MAX, IN_FLIGHT_MAX - self._in_flight.total())
+                busy = self._full(), self._hanging()
+                taken = await asyncio.to_thread(self._claim, limit, *busy)
                 for attempt in taken:
                     self._start(attempt)
-                pause_s = 0.0 if taken else await asyncio.to_thread(self._pause)
+                pause_s = 0.0
+                if len(taken) < CLAIM_MAX:
+                    pause_s = await asyncio.to_thread(self._pause, limit, *busy)
             except ServiceUnavailable:
                 logger.warning("courier.database_away")
                 pause_s = LOOK_S
@@ -89,22 +105,32 @@ class Courier:
         """Accounts that have as many attempts under way as they may."""
         return [a for a, attempts in self._in_flight.items() if attempts >= ACCOUNT_IN_FLIGHT_MAX]
 
-    def _claim(self) -> list[Attempt]:
-        limit = min(CLAIM_MAX, IN_FLIGHT_MAX - self._in_flight.total())
+    def _hanging(self) -> list[str]:
+        """Receivers that are silent, and have as many attempts under way as such may."""
+        before = time.monotonic() - SILENT_FOR_S
+        self._silent = {r: at for r, at in self._silent.items() if at > before}
+        return [r for r in self._silent if self._to_receivers[r] >= SILENT_IN_FLIGHT_MAX]
+
+    def _claim(self, limit: int, accounts: list[str], receivers: list[str]) -> list[Attempt]:
         if limit <= 0:
             return []
         with transaction() as session:
-            return deliveries.claim_due(session, limit=limit, except_accounts=self._full())
+            return deliveries.claim_due(
+                session, limit=limit, except_accounts=accounts, except_receivers=receivers
+            )
 
-    def _pause(self) -> float:
-        if self._in_flight.total() >= IN_FLIGHT_MAX:
+    def _pause(self, limit: int, accounts: list[str], receivers: list[str]) -> float:
+        if limit <= 0:
             return LOOK_S  # an attempt that ends wakes us earlier
         with transaction() as session:
-            due_s = deliveries.next_due_in_s(session, except_accounts=self._full())
+            due_s = deliveries.next_due_in_s(
+                session, except_accounts=accounts, except_receivers=receivers
+            )
         return LOOK_S if due_s is None else min(due_s, LOOK_S)
 
     def _start(self, attempt: Attempt) -> None:
         self._in_flight[attempt.delivery.account_id] += 1
+        self._to_receivers[attempt.receiver] += 1
         task = asyncio.create_task(self._attempt(attempt))
         self._attempts.add(task)
         task.add_done_callback(self._attempts.discard)
@@ -113,7 +139,9 @@ class Courier:
         delivery = attempt.delivery
         try:
             outcome = await self._deliver(attempt)
-            state = await asyncio.to_thread(_record, attempt, outcome)
+            state = await self._records.add(
+                End(delivery, outcome.status, outcome.error, outcome.final)
+            )
             logger.info(
                 "callback.attempted",
                 delivery_id=delivery.id,
@@ -132,20 +160,45 @@ class Courier:
         except Exception:
             logger.exception("callback.failed", delivery_id=delivery.id, task_id=delivery.task_id)
         finally:
-            self._in_flight[delivery.account_id] -= 1
-            if not self._in_flight[delivery.account_id]:
-                del self._in_flight[delivery.account_id]
+            self._ended(attempt)
+
+    def _ended(self, attempt: Attempt) -> None:
+        """One attempt less is under way: look again where there was no room for more."""
+        account, receiver = attempt.delivery.account_id, attempt.receiver
+        if (
+            self._in_flight.total() >= IN_FLIGHT_MAX
+            or self._in_flight[account] >= ACCOUNT_IN_FLIGHT_MAX
+            or receiver in self._silent
+        ):
             self._wake.set()
+        for counter, whose in ((self._in_flight, account), (self._to_receivers, receiver)):
+            counter[whose] -= 1
+            if not counter[whose]:
+                del counter[whose]
 
     async def _deliver(self, attempt: Attempt) -> callbacks.Outcome:
         """An error of ours is an attempt that failed, so that it does not come back for ever."""
+        loop = asyncio.get_running_loop()
+        silence = loop.call_later(SILENT_S, self._is_silent, attempt.receiver)
         try:
-            return await callbacks.deliver(self._client, attempt)
+            outcome = await callbacks.deliver(self._client, attempt)
+            if outcome.status is not None:
+                self._has_answered(attempt.receiver)
+            return outcome
         except CannotUnseal:
             raise
         except Exception:
             logger.exception("callback.failed", delivery_id=attempt.delivery.id)
             return callbacks.Outcome(error="the service could not try it")
+        finally:
+            silence.cancel()
+
+    def _has_answered(self, receiver: str) -> None:
+        if self._silent.pop(receiver, None) is not None:
+            self._wake.set()
+
+    def _is_silent(self, receiver: str) -> None:
+        self._silent[receiver] = time.monotonic()
 
     async def _listen(self) -> None:
         """Be woken by the end of a task that has a callback."""
@@ -176,15 +229,10 @@ class Courier:
             pass
 
 
-def _record(attempt: Attempt, outcome: callbacks.Outcome) -> str | None:
+def _record(ends: Sequence[End]) -> list[DeliveryState | None]:
+    """What many attempts that ended at once became, in one commit."""
     with transaction() as session:
-        return deliveries.record(
-            session,
-            attempt.delivery,
-            status=outcome.status,
-            error=outcome.error,
-            final=outcome.final,
-        )
+        return deliveries.record_many(session, ends)
 
 
 async def main() -> None:

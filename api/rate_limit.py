@@ -7,23 +7,20 @@ the fair order and the limit of unfinished tasks do as well; refusing everybody 
 
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import structlog
 from cachetools import LRUCache
-from limits import RateLimitItem, RateLimitItemPerMinute, RateLimitItemPerSecond
-from limits.aio.storage import RedisStorage
-from limits.aio.strategies import MovingWindowRateLimiter
-from redis.asyncio import ConnectionPool
 from redis.exceptions import RedisError
 from starlette.requests import Request
 
+from api.batching import Batcher
 from api.settings import settings
 from storage import queue
 from storage.accounts import Credential
 from storage.errors import RateLimited
-from storage.queue import ANSWER_TIMEOUT_S, CONNECT_TIMEOUT_S
-from storage.settings import settings as storage_settings
 
 WRONG_KEYS_WINDOW_S = 60
 ADDRESSES_MAX = 100_000
@@ -82,55 +79,96 @@ def _network(request: Request) -> str:
     return str(IPv6Address(int(address) >> 64 << 64))
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """At most `limit` requests in any `seconds`; `key` says whose, and of what kind."""
+
+    policy: str
+    key: str
+    limit: int
+    seconds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """Whether one more was allowed; `remaining` are left, and the oldest leaves in `reset_s`."""
+
+    allowed: bool
+    remaining: int
+    reset_s: int
+
+
+_COUNT = """
+    -- Each key is a list of the moments, in microseconds, of the requests in its window, the newest
+    -- first. What has left the window is taken off the end, so each moment is touched twice in all.
+    local time = redis.call('TIME')
+    local now = time[1] * 1000000 + time[2]
+    local counted = {}
+    for n, key in ipairs(KEYS) do
+        local limit, seconds = tonumber(ARGV[2 * n - 1]), tonumber(ARGV[2 * n])
+        local oldest = redis.call('LINDEX', key, -1)
+        while oldest and tonumber(oldest) <= now - seconds * 1000000 do
+            redis.call('RPOP', key)
+            oldest = redis.call('LINDEX', key, -1)
+        end
+        local used = redis.call('LLEN', key)
+        local allowed = used < limit
+        if allowed then
+            used = redis.call('LPUSH', key, string.format('%.0f', now))
+            redis.call('EXPIRE', key, seconds)
+        end
+        local left_us = seconds * 1000000 - (oldest and now - tonumber(oldest) or 0)
+        counted[n] = (allowed and 1 or 0) .. ' ' .. limit - used .. ' ' .. math.ceil(left_us / 1000)
+    end
+    return table.concat(counted, ' ')  -- one text is read faster than many numbers
+"""
+
+
 class RateLimiter:
     """Exact moving windows. A key whose `requests_per_minute` is None is not limited at all."""
 
     def __init__(self) -> None:
-        self._connections = ConnectionPool.from_url(
-            storage_settings.redis_url.get_secret_value(),
-            socket_connect_timeout=CONNECT_TIMEOUT_S,
-            socket_timeout=ANSWER_TIMEOUT_S,
-        )
-        storage = RedisStorage(
-            # Names the kind of storage only: `limits` cannot read every URL that Redis can.
-            "async+redis://localhost:6379",
-            implementation="redispy",
-            key_prefix="zimage:limits",
-            connection_pool=self._connections,  # type: ignore[arg-type]
-        )
-        self._windows = MovingWindowRateLimiter(storage)
-        self._reads = RateLimitItemPerSecond(settings.reads_per_second)
+        self._script = queue.connection.register_script(_COUNT)
+        self._windows: Batcher[Window, Counted | None] = Batcher(self._count_all)
 
     async def count_create(self, credential: Credential) -> Headers:
         """Raises: RateLimited."""
         if credential.requests_per_minute is None:
             return {}
-        window = RateLimitItemPerMinute(credential.requests_per_minute)
-        return await self._count(window, "create", str(credential.key_id))
+        key = f"create:{credential.key_id}"
+        return await self._count(Window("create", key, credential.requests_per_minute, 60))
 
     async def count_read(self, credential: Credential) -> Headers:
         """Raises: RateLimited."""
         if credential.requests_per_minute is None:
             return {}
-        return await self._count(self._reads, "read", str(credential.key_id))
+        key = f"read:{credential.key_id}"
+        return await self._count(Window("read", key, settings.reads_per_second, 1))
 
-    async def close(self) -> None:
-        """Let go of the connections: an event loop that has some open cannot end."""
-        await self._connections.aclose()
+    async def _count(self, window: Window) -> Headers:
+        counted = await self._windows.add(window)
+        if counted is None:
+            return {}
+        headers = {
+            "RateLimit-Policy": f'"{window.policy}";q={window.limit};w={window.seconds}',
+            "RateLimit": f'"{window.policy}";r={counted.remaining};t={counted.reset_s}',
+        }
+        if not counted.allowed:
+            raise RateLimited(counted.reset_s, headers)
+        return headers
 
-    async def _count(self, window: RateLimitItem, policy: str, key_id: str) -> Headers:
+    def _count_all(self, windows: Sequence[Window]) -> Sequence[Counted | None]:
+        """One round trip for all that arrived during the last; None for each without Redis."""
+        keys = [f"zimage:limit:{window.key}" for window in windows]
+        limits = [number for window in windows for number in (window.limit, window.seconds)]
         try:
             with queue.asking():
-                counted = await self._windows.hit(window, policy, key_id)
-                stats = await self._windows.get_window_stats(window, policy, key_id)
+                told: bytes = self._script(keys, limits)
         except RedisError as error:
             logger.warning("rate_limit.redis_away", error=str(error))
-            return {}
-        reset_s = max(1, math.ceil(stats.reset_time - time.time()))
-        headers = {
-            "RateLimit-Policy": f'"{policy}";q={window.amount};w={window.get_expiry()}',
-            "RateLimit": f'"{policy}";r={stats.remaining};t={reset_s}',
-        }
-        if not counted:
-            raise RateLimited(reset_s, headers)
-        return headers
+            return [None] * len(windows)
+        numbers = iter(map(int, told.split()))
+        return [
+            Counted(bool(allowed), remaining, max(1, math.ceil(left_ms / 1000)))
+            for allowed, remaining, left_ms in zip(numbers, numbers, numbers, strict=True)
+        ]

@@ -3,7 +3,7 @@
 That only HTTPS may be spoken (HSTS) is for the proxy to say, which is what speaks it.
 """
 
-from starlette.datastructures import MutableHeaders
+Raw = list[tuple[bytes, bytes]]
 
 ALWAYS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 DATA = {
@@ -22,8 +22,16 @@ files, and, where someone tries a route, for that."""
 PAGES_AT = ("/docs", "/redoc", "/static-offline-docs")
 
 
-def add_to(headers: MutableHeaders, path: str) -> None:
-    """Add to the headers of the answer to `path` what it has not said itself."""
-    page = path in PAGES_AT or path.startswith(tuple(f"{prefix}/" for prefix in PAGES_AT))
-    for name, value in (ALWAYS | (PAGES if page else DATA)).items():
-        headers.setdefault(name, value)
+def _raw(headers: dict[str, str]) -> Raw:
+    return [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+
+
+_OF_PAGES, _OF_DATA = _raw(ALWAYS | PAGES), _raw(ALWAYS | DATA)
+_BELOW_PAGES = tuple(f"{prefix}/" for prefix in PAGES_AT)
+
+
+def added_to(headers: Raw, path: str) -> Raw:
+    """The headers of the answer to `path`, in lower case, with what it has not said itself."""
+    page = path in PAGES_AT or path.startswith(_BELOW_PAGES)
+    said = {name for name, _ in headers}
+    return headers + [pair for pair in (_OF_PAGES if page else _OF_DATA) if pair[0] not in said]

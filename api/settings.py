@@ -31,7 +31,7 @@ class ApiSettings(SealingSettings, BaseSettings):
     forwarded_allow_ips: str = "127.0.0.1"
     """Proxies that are believed when they say for whom they speak, in `X-Forwarded-For`: addresses
     and networks with commas, or `*`."""
-    connections_max: int = Field(default=4000, ge=1)
+    connections_max: int = Field(default=6000, ge=1)
     """Connections that may be open at a time; one more is told to come back."""
     auth_failures_per_minute: int = Field(default=60, ge=1)
     """Wrong keys per minute and client address (of IPv6, per /64) that are answered as such."""

@@ -40,9 +40,10 @@ class Unbatched:
 
 
 class Sleeper(Unbatched):
-    """Takes `step_s` seconds for a step, whatever the batch, and gives one colour.
+    """Takes `step_s` seconds for a step, whatever the batch, and gives noise.
 
-    With `hang_at` it never ends that step.
+    Where a step takes no time it gives black, whose file is no work either. With `hang_at` it
+    never ends that step.
     """
 
     def __init__(
@@ -66,6 +67,8 @@ class Sleeper(Unbatched):
             line = {"seed": drawing.seed, "began": began, "ended": time.monotonic()}
             print(json.dumps(line), file=self._trace, flush=True)
         size = drawing.width, drawing.height
+        if not self._step_s:
+            return lambda: Image.new("RGB", size)
         return lambda: Image.effect_noise(size, 60).convert("RGB")
 
 

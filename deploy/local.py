@@ -1,6 +1,8 @@
 """`make up`: the whole service on one machine, in the foreground, until Ctrl-C.
 
 settings ─► lock ─► servers not configured ─► prepare ─► API, worker, courier ─► watch ─► stop
+
+What prepares and the API are started early: they load while the servers start, and wait.
 """
 
 import http.client
@@ -10,22 +12,23 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from deploy import folder, orphans, plan, private, servers, settings
 from deploy.errors import CannotStart
 from deploy.servers import Server
-from deploy.settings import DEMO_ACCOUNT_ID, LocalSettings
-from deploy.supervision import MARK, ROOT, Supervision, supervised
+from deploy.settings import LocalSettings
+from deploy.supervision import MARK, ROOT, Program, Supervision, supervised
 from deploy.terminal import Follower, say
 from deploy.welcome import welcome
 from deploy.wish import Stopped, Wish
 
 POLL_S = 0.2
-READY_POLL_S = 0.5
+QUICK_POLL_S = 0.02
+"""While we start."""
 LOOK_S = 1
 PATIENCE_S = 30
 """How often we say what is waited for: the weights may have to be downloaded."""
@@ -61,22 +64,44 @@ def up(chosen: LocalSettings, wish: Wish) -> None:
         env = plan.environment(chosen, data, own)
         _write_for_shells(data / "service.env", env)
         _allow_open_files()
-        programs = [*map(plan.program, own), *plan.APP_PROGRAMS]
-        logs = {program.name: data / program.log for program in plan.APP_PROGRAMS}
-        with closing(Follower(logs)) as shown:
+        for turn in (plan.SERVERS_READY, plan.PREPARED):
+            (data / turn).unlink(missing_ok=True)
+        app = plan.app_programs(data)
+        programs = [*map(plan.program, own), *app]
+        with (
+            closing(Follower({each.name: data / each.log for each in app})) as shown,
+            _preparing(data, env) as preparing,
+        ):
             try:
                 with supervised(
                     programs, data, env, keep_open=lock, in_haste=wish.in_haste
                 ) as running:
+                    running.start("api")
                     _start_servers(running, own, data, wish)
-                    _run(("prepare",), env, wish)
-                    keys = str(data / "credentials.env")
-                    _run(("demo-credentials", keys, DEMO_ACCOUNT_ID), env, wish)
-                    _start_app(running, chosen, data, wish, shown)
+                    (data / plan.SERVERS_READY).touch()
+                    _wait_for(preparing, wish)
+                    (data / plan.PREPARED).touch()
+                    _start_app(running, app, chosen, data, wish, shown)
                     say(welcome(chosen, data))
                     _watch(running, wish, shown)
             finally:
                 shown.show()
+
+
+@contextmanager
+def _preparing(data: Path, env: Mapping[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
+    """Run what prepares; if it fails, it says why. When the block ends it has ended."""
+    with subprocess.Popen(
+        plan.preparation(data),
+        cwd=ROOT,
+        env=dict(env),
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,  # a Ctrl-C is for us
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.terminate()
 
 
 def _start_servers(running: Supervision, own: Sequence[Server], data: Path, wish: Wish) -> None:
@@ -93,41 +118,35 @@ def _start_servers(running: Supervision, own: Sequence[Server], data: Path, wish
         servers.wait_until_ready(server, data / plan.program(server).log, alive)
 
 
-def _run(command: Sequence[str], env: Mapping[str, str], wish: Wish) -> None:
-    """Run an operator's command; if it fails, it has said why, and we end as it did."""
-    with subprocess.Popen(
-        (sys.executable, "-m", "api", *command),
-        cwd=ROOT,
-        env=env,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,  # a Ctrl-C is for us
-    ) as process:
-        try:
-            while process.poll() is None:
-                wish.check()
-                time.sleep(POLL_S / 4)
-        except Stopped:
-            process.terminate()
-            raise
-    if process.returncode:
+def _wait_for(preparing: "subprocess.Popen[bytes]", wish: Wish) -> None:
+    """Return when all is prepared; if it failed, we end as it did."""
+    while preparing.poll() is None:
+        wish.check()
+        time.sleep(QUICK_POLL_S)
+    if preparing.returncode:
         raise SystemExit(1)
 
 
 def _start_app(
-    running: Supervision, chosen: LocalSettings, data: Path, wish: Wish, shown: Follower
+    running: Supervision,
+    app: Sequence[Program],
+    chosen: LocalSettings,
+    data: Path,
+    wish: Wish,
+    shown: Follower,
 ) -> None:
     """Return when the API is ready and a worker has loaded its model.
 
     What ends before that will do so again, so it is not tried again: the person can mend it.
     """
     say(f"Starting the API at {chosen.address}, a worker with the model {chosen.model}, a courier")
-    for program in plan.APP_PROGRAMS:
-        running.start(program.name)
+    for program in app:
+        running.start(program.name)  # the API runs already
     first = running.states()
     patience = time.monotonic() + PATIENCE_S
     while not _ready(chosen.address):
         states = running.states()
-        for program in plan.APP_PROGRAMS:
+        for program in app:
             pid = states[program.name].pid if states else 0
             if pid == 0 or pid != first[program.name].pid:
                 shown.show()
@@ -135,11 +154,9 @@ def _start_app(
         if time.monotonic() > patience:
             patience += PATIENCE_S
             say(f"Still starting; what is there and what is missing: {chosen.address}/ready")
-        look = time.monotonic() + READY_POLL_S
-        while time.monotonic() < look:
-            wish.check()
-            shown.show()
-            time.sleep(POLL_S)
+        wish.check()
+        shown.show()
+        time.sleep(POLL_S)
     shown.show()
 
 

@@ -7,16 +7,33 @@ from urllib.parse import urlsplit
 
 from deploy import private, reach, servers
 from deploy.servers import Server
-from deploy.settings import LocalSettings
+from deploy.settings import DEMO_ACCOUNT_ID, LocalSettings
 from deploy.supervision import APP, SERVERS, Program
 
 SERVER_STOP_TIMEOUT_S = 60
 
-APP_PROGRAMS = (
-    Program("api", (sys.executable, "-m", "api", "serve"), APP, stop_timeout_s=40),
-    Program("worker", (sys.executable, "-m", "worker"), APP, stop_timeout_s=60),
-    Program("courier", (sys.executable, "-m", "api.courier"), APP, stop_timeout_s=30),
-)
+SERVERS_READY = "servers-ready"
+PREPARED = "prepared"
+"""Files in the data folder that appear while we start, for what was started to load before it was
+its turn: loading takes longer than all the rest."""
+
+
+def app_programs(data: Path) -> list[Program]:
+    """The service itself. The API listens only once all is prepared."""
+    python, after = sys.executable, str(data / PREPARED)
+    return [
+        Program("api", (python, "-m", "api", "serve", "--after", after), APP, stop_timeout_s=40),
+        Program("worker", (python, "-m", "worker"), APP, stop_timeout_s=60),
+        Program("courier", (python, "-m", "api.courier"), APP, stop_timeout_s=30),
+    ]
+
+
+def preparation(data: Path) -> tuple[str, ...]:
+    """The command that prepares what the service stands on, once its servers are ready."""
+    return (
+        *(sys.executable, "-m", "api", "prepare", "--after", str(data / SERVERS_READY)),
+        *("--demo-credentials", str(data / "credentials.env"), DEMO_ACCOUNT_ID),
+    )
 
 
 def check_surroundings(chosen: LocalSettings) -> None:

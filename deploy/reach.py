@@ -5,7 +5,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import psycopg
-import redis
 
 from deploy.errors import CannotStart
 
@@ -23,6 +22,8 @@ def check_postgres(url: str) -> None:
 
 def check_redis(url: str) -> None:
     """Raises CannotStart: no Redis answers at `url`."""
+    import redis  # takes a while to load, in which its server can start
+
     try:
         with redis.Redis.from_url(
             url, socket_connect_timeout=TIMEOUT_S, socket_timeout=TIMEOUT_S

@@ -28,6 +28,8 @@ from deploy.errors import CannotStart
 ROOT = Path(__file__).parent.parent
 START_TIMEOUT_S = 20
 POLL_S = 0.1
+QUICK_POLL_S = 0.02
+"""While it starts."""
 STAYS_UP_S = 3
 RETRIES = 3
 """What ends within STAYS_UP_S is started again after 1, 2 and 3 s, and then marked as given up."""
@@ -159,7 +161,7 @@ def supervised(
             while not supervision.states():
                 if not supervision.alive or time.monotonic() > deadline:
                     raise CannotStart(f"The process manager does not start; why is in {log}")
-                time.sleep(POLL_S)
+                time.sleep(QUICK_POLL_S)
             yield supervision
         finally:
             supervision.stop(in_haste=in_haste)

@@ -13,7 +13,7 @@ repair    nothing that a crash left behind is looked for
 
 from collections.abc import Callable
 
-from sqlalchemy import text
+from sqlalchemy import CTE, select, text
 from sqlalchemy.orm import Session
 
 from storage import deliveries, events, repair, tasks
@@ -24,7 +24,7 @@ from storage.tasks import Claim
 
 def _whoever_claims() -> None:
     """No worker is told that it has lost a claim, and none is asked whose it is."""
-    tasks._held = lambda claim: (Task.id == claim.task_id,)
+    tasks._HELD = tasks._NAMED
     asked = str(tasks._RENEW)
     tasks._RENEW = text(
         asked.replace("tasks.attempt = held.attempt AND", "").replace(
@@ -54,13 +54,14 @@ def lease() -> None:
 def delivery() -> None:
     owe, publish = deliveries.owe, events.publish
 
-    def later(session: Session, task: Task) -> None:
-        pass
+    def later(ended: CTE) -> list[CTE]:
+        return []
 
     def in_a_commit_of_its_own(task: Task) -> None:
         if task.status.is_terminal:
+            ended = select(Task).where(Task.id == task.id).cte("ended")
             with transaction() as session:
-                owe(session, task)
+                session.execute(select(ended.c.id).add_cte(*owe(ended)))
         publish(task)
 
     deliveries.owe = later

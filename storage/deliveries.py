@@ -7,13 +7,28 @@ Both go back to waiting when the customer asks for the delivery again.
 """
 
 import re
-import secrets
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
 
-from sqlalchemy import ColumnElement, func, select, text, tuple_, update
+from sqlalchemy import (
+    ARRAY,
+    CTE,
+    ColumnElement,
+    Integer,
+    Text,
+    all_,
+    any_,
+    bindparam,
+    cast,
+    func,
+    insert,
+    literal,
+    select,
+    text,
+    tuple_,
+    update,
+)
 from sqlalchemy.orm import Session
 
 from storage.database import from_now
@@ -41,61 +56,94 @@ class Attempt:
     secrets: tuple[str, ...]
     """As they lie in the database: one that cannot be opened is the trouble of its own attempt."""
 
+    @property
+    def receiver(self) -> str:
+        """Whose it is and which server it is for: one that hangs must not hold up others."""
+        return f"{self.delivery.account_id} {self.delivery.url.split('/')[2]}"
+
 
 def is_id(text: str) -> bool:
     """Whether `text` has the form of a delivery's id."""
     return _ID.fullmatch(text) is not None
 
 
-def owe(session: Session, task: Task) -> None:
-    """Note that the end of `task` must be told; in the commit that ends it."""
-    if task.callback_url is not None:
-        session.add(
-            Delivery(
-                id=ID_PREFIX + secrets.token_hex(16),
-                task_id=task.id,
-                account_id=task.account_id,
-                url=task.callback_url,
-            )
-        )
-        session.flush()
+def owe(ended: CTE) -> list[CTE]:
+    """What notes that the end of the one task of `ended` must be told, as a part of the statement
+    that ends it."""
+    owed = {
+        Delivery.id: literal(ID_PREFIX) + func.replace(cast(func.gen_random_uuid(), Text), "-", ""),
+        Delivery.task_id: ended.c.id,
+        Delivery.account_id: ended.c.account_id,
+        Delivery.url: ended.c.callback_url,
+    }
+    asked = select(*owed.values()).where(ended.c.callback_url.is_not(None))
+    return [insert(Delivery).from_select([*owed], asked).returning(Delivery.id).cte("delivery")]
 
 
-def claim_due(session: Session, *, limit: int, except_accounts: Collection[str]) -> list[Attempt]:
-    """Take at most `limit` deliveries that are due; none of `except_accounts`.
+# Made once: to make a statement takes several times as long as to run it.
+_NOT_BUSY = (
+    Delivery.account_id != all_(bindparam("except_accounts", type_=ARRAY(Text))),
+    # As `Attempt.receiver` says it.
+    Delivery.account_id + " " + func.split_part(Delivery.url, "/", 3)
+    != all_(bindparam("except_receivers", type_=ARRAY(Text))),
+)
+_DUE = (
+    select(Delivery.id)
+    .where(
+        Delivery.state == text("'waiting'"),
+        Delivery.next_attempt_at <= func.clock_timestamp(),
+        *_NOT_BUSY,
+    )
+    .order_by(Delivery.next_attempt_at)
+    .limit(bindparam("at_most", type_=Integer))
+    .with_for_update(skip_locked=True)
+    .cte("due")
+)
+_CLAIMED = (
+    update(Delivery)
+    .where(Delivery.id == _DUE.c.id)
+    .values(claim=Delivery.claim + 1, next_attempt_at=from_now(ATTEMPT_LEASE_S))
+    .returning(Delivery)
+    .cte("claimed")
+)
+_CLAIM = (
+    select(Delivery).from_statement(select(*_CLAIMED.c)).execution_options(populate_existing=True)
+)
+_ENDED = (
+    select(Task, Account)
+    .join(Account, Account.id == Task.account_id)
+    .where(Task.id == any_(bindparam("ids", type_=ARRAY(Text))))
+)
+
+
+def claim_due(
+    session: Session,
+    *,
+    limit: int,
+    except_accounts: Collection[str],
+    except_receivers: Collection[str] = (),
+) -> list[Attempt]:
+    """Take at most `limit` deliveries that are due; none of `except_accounts`, nor to
+    `except_receivers`, which are named as `Attempt.receiver` does.
 
     An attempt counts when it is recorded: what a courier took before it died is due again after
     ATTEMPT_LEASE_S and has used up nothing, so a receiver may hear once more, never once less.
     """
-    due = (
-        select(Delivery.id)
-        .where(
-            Delivery.state == text("'waiting'"),
-            Delivery.next_attempt_at <= func.clock_timestamp(),
-            Delivery.account_id.not_in(except_accounts),
-        )
-        .order_by(Delivery.next_attempt_at)
-        .limit(limit)
-        .with_for_update(skip_locked=True)
-        .cte("due")
-    )
-    claimed = session.scalars(
-        update(Delivery)
-        .where(Delivery.id == due.c.id)
-        .values(claim=Delivery.claim + 1, next_attempt_at=from_now(ATTEMPT_LEASE_S))
-        .returning(Delivery)
-        .execution_options(populate_existing=True)
+    claimed: Sequence[Delivery] = session.scalars(
+        _CLAIM, {"at_most": limit, **_busy(except_accounts, except_receivers)}
     ).all()
-    found = session.execute(
-        select(Task, Account)
-        .join(Account, Account.id == Task.account_id)
-        .where(Task.id.in_([delivery.task_id for delivery in claimed]))
-    )
+    if not claimed:
+        return []
+    found = session.execute(_ENDED, {"ids": [delivery.task_id for delivery in claimed]})
     by_task = {task.id: (task, account) for task, account in found}
     return [
         Attempt(delivery, by_task[delivery.task_id][0], _secrets(by_task[delivery.task_id][1]))
         for delivery in claimed
     ]
+
+
+def _busy(accounts: Collection[str], receivers: Collection[str]) -> dict[str, list[str]]:
+    return {"except_accounts": list(accounts), "except_receivers": list(receivers)}
 
 
 def _secrets(account: Account) -> tuple[str, ...]:
@@ -107,35 +155,73 @@ def _secrets(account: Account) -> tuple[str, ...]:
     return (newest, before)
 
 
+@dataclass(frozen=True, slots=True)
+class End:
+    """How an attempt ended. `status` is HTTP's, None where there was no answer; `error` None means
+    delivered; `final` means that another attempt cannot help."""
+
+    delivery: Delivery
+    status: int | None
+    error: str | None
+    final: bool
+
+    @property
+    def again_s(self) -> int | None:
+        """Seconds until the next attempt; None where there is none."""
+        if self.error is None or self.final or self.delivery.attempts >= len(RETRIES_S):
+            return None
+        return RETRIES_S[self.delivery.attempts]
+
+
+_RECORD = text("""
+    WITH ended AS (
+        UPDATE deliveries
+           SET attempts = deliveries.attempts + 1, last_status = e.status, last_error = e.error,
+               state = CASE WHEN e.error IS NULL THEN 'delivered'
+                            WHEN e.again_s IS NULL THEN 'gave_up'
+                            ELSE 'waiting' END,
+               delivered_at = CASE WHEN e.error IS NULL THEN clock_timestamp()
+                                   ELSE delivered_at END,
+               next_attempt_at = coalesce(clock_timestamp() + make_interval(secs => e.again_s),
+                                          next_attempt_at)
+          FROM unnest(CAST(:ids AS text[]), CAST(:claims AS int[]), CAST(:statuses AS int[]),
+                      CAST(:errors AS text[]), CAST(:again_s AS int[]))
+               AS e(id, claim, status, error, again_s)
+         WHERE deliveries.id = e.id AND deliveries.claim = e.claim AND state = 'waiting'
+        RETURNING deliveries.id, state, last_status, last_error
+    ), noted AS (
+        INSERT INTO delivery_attempts (delivery_id, status, error)
+        SELECT id, last_status, last_error FROM ended
+    )
+    SELECT id, state FROM ended
+""")
+
+
+def record_many(session: Session, ends: Sequence[End]) -> list[DeliveryState | None]:
+    """Note how attempts ended, each at a delivery of its own; returns what became of these.
+
+    None: another courier has taken the delivery since.
+    """
+    rows = session.execute(
+        _RECORD,
+        {
+            "ids": [end.delivery.id for end in ends],
+            "claims": [end.delivery.claim for end in ends],
+            "statuses": [end.status for end in ends],
+            "errors": [end.error for end in ends],
+            "again_s": [end.again_s for end in ends],
+        },
+    )
+    became = {delivery_id: DeliveryState(state) for delivery_id, state in rows}
+    return [became.get(end.delivery.id) for end in ends]
+
+
 def record(
     session: Session, delivery: Delivery, *, status: int | None, error: str | None, final: bool
 ) -> DeliveryState | None:
-    """Note how an attempt ended; returns what became of the delivery.
-
-    `status` is HTTP's, None where there was no answer; `error` None means delivered; `final`
-    means that another attempt cannot help. None: another courier has taken the delivery since.
-    """
-    values: dict[str, Any]
-    if error is None:
-        values = {"state": DeliveryState.DELIVERED, "delivered_at": func.clock_timestamp()}
-    elif final or delivery.attempts >= len(RETRIES_S):
-        values = {"state": DeliveryState.GAVE_UP}
-    else:
-        values = {"next_attempt_at": from_now(RETRIES_S[delivery.attempts])}
-    state = session.scalar(
-        update(Delivery)
-        .where(
-            Delivery.id == delivery.id,
-            Delivery.claim == delivery.claim,
-            Delivery.state == DeliveryState.WAITING,
-        )
-        .values(attempts=Delivery.attempts + 1, last_status=status, last_error=error, **values)
-        .returning(Delivery.state)
-        .execution_options(synchronize_session=False)
-    )
-    if state is not None:
-        session.add(DeliveryAttempt(delivery_id=delivery.id, status=status, error=error))
-    return state
+    """`record_many` of one."""
+    (became,) = record_many(session, [End(delivery, status, error, final)])
+    return became
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,11 +299,14 @@ def _with_attempts(session: Session, deliveries: Sequence[Delivery]) -> list[Log
     return [(delivery, attempts[delivery.id]) for delivery in deliveries]
 
 
-def next_due_in_s(session: Session, *, except_accounts: Collection[str]) -> float | None:
+_NEXT_DUE = select(
+    func.extract("epoch", func.min(Delivery.next_attempt_at) - func.clock_timestamp())
+).where(Delivery.state == text("'waiting'"), *_NOT_BUSY)
+
+
+def next_due_in_s(
+    session: Session, *, except_accounts: Collection[str], except_receivers: Collection[str] = ()
+) -> float | None:
     """Seconds until the next delivery is due, 0 if one is; None where none waits."""
-    due = session.scalar(
-        select(
-            func.extract("epoch", func.min(Delivery.next_attempt_at) - func.clock_timestamp())
-        ).where(Delivery.state == text("'waiting'"), Delivery.account_id.not_in(except_accounts))
-    )
+    due = session.scalar(_NEXT_DUE, _busy(except_accounts, except_receivers))
     return None if due is None else max(0.0, float(due))

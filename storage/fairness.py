@@ -8,6 +8,8 @@ customer's single task falls between the next two of them.
 Source: Goyal, Vin, Cheng, "Start-time Fair Queuing", SIGCOMM 1996.
 """
 
+import time
+from bisect import bisect_right
 from collections.abc import Sequence
 
 from sqlalchemy import CTE, ColumnElement, Select, func, or_, select, text, update
@@ -38,17 +40,48 @@ def schedule(
     return tag, tag + cost / settings.group_weights.get(group, 1.0)
 
 
+BEHIND = HEAD_START + 1.0
+"""How far behind virtual time a task may wait that was never passed by: one that was put forward,
+or that was submitted while the clock moved."""
+EVERYWHERE_S = 1.0
+"""How often each process looks also behind that, for what came back or was passed by. The index
+keeps what was claimed until PostgreSQL vacuums it, and that may be hundreds of thousands: whoever
+looked from the very beginning would wade through all of them every time."""
+
+_looked_everywhere_at = float("-inf")
+
+
+def looks() -> tuple[bool, ...]:
+    """Where to look for the next task, until one is found: True is everywhere."""
+    global _looked_everywhere_at
+    if time.monotonic() - _looked_everywhere_at < EVERYWHERE_S:
+        return False, True
+    _looked_everywhere_at = time.monotonic()
+    return (True,)
+
+
+def passed_by() -> None:
+    """A task may wait behind virtual time: this process looks everywhere the next time."""
+    global _looked_everywhere_at
+    _looked_everywhere_at = float("-inf")
+
+
 ALIKE_WINDOW = 64
 """How far down the order is looked for tasks that can be drawn together with the first one."""
 
 
-def fairest(*, rewriting: bool = True) -> CTE:
+def fairest(*, rewriting: bool = True, everywhere: bool = True) -> CTE:
     """The id of the waiting task whose turn it is, locked for the caller.
 
     What another worker has locked is skipped: it is being claimed. Without `rewriting` a task
-    whose prompt must be rewritten first is skipped as well.
+    whose prompt must be rewritten first is skipped as well, and unless it is to look `everywhere`
+    one that waits further than BEHIND behind virtual time.
     """
     query = _waiting_in_order()
+    if not everywhere:
+        query = query.where(
+            Task.fair_tag >= select(FairClock.virtual_now - BEHIND).scalar_subquery()
+        )
     if not rewriting:
         query = query.where(~_must_be_rewritten())
     return query.limit(1).with_for_update(skip_locked=True).cte("fairest")
@@ -57,10 +90,11 @@ def fairest(*, rewriting: bool = True) -> CTE:
 def alike(task: Task, limit: int) -> CTE:
     """The ids of at most `limit` waiting tasks of the size and steps of `task`, locked.
 
-    From the first ALIKE_WINDOW of the order only, so that a common size does not pass a rare one
-    by for long.
+    From the first ALIKE_WINDOW after it only, so that a common size does not pass a rare one by for
+    long.
     """
-    window = _waiting_in_order().limit(ALIKE_WINDOW).subquery()
+    after = _waiting_in_order().where(Task.fair_tag >= task.fair_tag)
+    window = after.limit(ALIKE_WINDOW).subquery()
     return (
         select(Task.id)
         .where(
@@ -105,16 +139,88 @@ def waiting(session: Session, at_most: int) -> int:
     return session.scalar(select(func.count()).select_from(some)) or 0
 
 
+NEAR = 100
+"""Places that are counted anew for everyone who asks; and how far apart the marks are."""
+MARKS_S = 1.0
+"""How old the marks may be."""
+
 _PLACES = text("""
-    SELECT (SELECT count(*) FROM (SELECT 1 FROM tasks
-                                   WHERE status = 'pending' AND (fair_tag, id) < (a.tag, a.id)
-                                   LIMIT :at_most) AS before)
-      FROM unnest(CAST(:tags AS float8[]), CAST(:ids AS text[])) WITH ORDINALITY AS a(tag, id, n)
+    WITH clock AS MATERIALIZED (SELECT virtual_now - :behind AS behind FROM fair_clock)
+    SELECT CASE WHEN near.tasks < :near THEN near.tasks
+           ELSE greatest(:near, a.before + (
+               SELECT count(*) FROM (SELECT 1 FROM tasks
+                                      WHERE status = 'pending' AND (fair_tag, id) < (a.tag, a.id)
+                                        AND (fair_tag, id) >= (a.mark_tag, a.mark_id)
+                                      LIMIT :at_most - a.before) AS after_mark)) END
+      FROM unnest(CAST(:tags AS float8[]), CAST(:ids AS text[]), CAST(:mark_tags AS float8[]),
+                  CAST(:mark_ids AS text[]), CAST(:before AS int[]))
+           WITH ORDINALITY AS a(tag, id, mark_tag, mark_id, before, n),
+           LATERAL (SELECT count(*) AS tasks
+                      FROM (SELECT 1 FROM tasks
+                             WHERE status = 'pending' AND (fair_tag, id) < (a.tag, a.id)
+                               AND fair_tag >= (SELECT behind FROM clock)
+                             LIMIT :near) AS first) AS near
      ORDER BY n
 """)
 
+_MARKS = text("""
+    SELECT fair_tag, id
+      FROM (SELECT fair_tag, id, row_number() OVER (ORDER BY fair_tag, id) AS number
+              FROM tasks
+             WHERE status = 'pending'
+               AND fair_tag >= (SELECT virtual_now - :behind FROM fair_clock)
+             ORDER BY fair_tag, id LIMIT :at_most + 1) AS first
+     WHERE number % :near = 1 AND number > 1
+     ORDER BY number
+""")
+
+
+class Marks:
+    """Every NEAR-th of the first tasks of the order, as they were at most MARKS_S ago.
+
+    Counted from the nearest of them a place costs the same however deep it is, and is off by no
+    more than what left or came before the mark since then.
+    """
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[float, str]] = []
+        self._looked_at = float("-inf")
+
+    def before(
+        self, session: Session, asked: Sequence[tuple[float, str]], at_most: int
+    ) -> list[tuple[int, tuple[float, str]]]:
+        """For each (fair tag, id) the last mark that is no later, and how many wait before it."""
+        if time.monotonic() - self._looked_at > MARKS_S:
+            rows = session.execute(_MARKS, {"near": NEAR, "at_most": at_most, "behind": BEHIND})
+            self._marks = [(tag, task_id) for tag, task_id in rows]
+            self._looked_at = time.monotonic()
+        first = float("-inf"), ""
+        marks = [first, *self._marks]
+        numbers = [bisect_right(marks, each) - 1 for each in asked]
+        return [(min(number * NEAR, at_most), marks[number]) for number in numbers]
+
+
+_marks = Marks()
+
 
 def places(session: Session, asked: Sequence[tuple[float, str]], at_most: int) -> list[int]:
-    """How many tasks wait before each (fair tag, id), counted no further than `at_most`."""
-    tags, ids = [tag for tag, _ in asked], [task_id for _, task_id in asked]
-    return list(session.scalars(_PLACES, {"tags": tags, "ids": ids, "at_most": at_most}))
+    """How many tasks wait before each (fair tag, id), counted no further than `at_most`.
+
+    Fewer than NEAR are counted; more are as the marks know it. What came back and waits far behind
+    virtual time is not counted, and is itself the next.
+    """
+    marked = _marks.before(session, asked, at_most)
+    counted = session.scalars(
+        _PLACES,
+        {
+            "tags": [tag for tag, _ in asked],
+            "ids": [task_id for _, task_id in asked],
+            "mark_tags": [tag for _, (tag, _) in marked],
+            "mark_ids": [task_id for _, (_, task_id) in marked],
+            "before": [before for before, _ in marked],
+            "near": min(NEAR, at_most),
+            "at_most": at_most,
+            "behind": BEHIND,
+        },
+    )
+    return list(counted)

@@ -11,8 +11,21 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
+from typing import Any
 
-from sqlalchemy import func, select, text, update
+from sqlalchemy import (
+    ARRAY,
+    CTE,
+    Text,
+    bindparam,
+    func,
+    insert,
+    literal,
+    select,
+    text,
+    true,
+    update,
+)
 from sqlalchemy.orm import Session
 
 from storage import fairness
@@ -27,17 +40,32 @@ from storage.errors import (
     WouldOverdraw,
     WouldOverflow,
 )
-from storage.models import Account, ApiKey, EntryKind, FairClock, LedgerEntry, Task, TaskStatus
+from storage.models import Account, ApiKey, EntryKind, FairClock, LedgerEntry, TaskStatus
 
 BALANCE_MAX = Decimal(10**12 - 1)
 """Credits on one account: what the column holds."""
+
+
+@dataclass(slots=True)
+class Purse:
+    """What an account has while it is locked, and what was reserved from it since."""
+
+    suspended: bool
+    user_group: str
+    balance: Decimal
+    reserved: Decimal
+    unfinished: int
+    unfinished_max: int | None
+    virtual_finish: float
+    tasks: int = 0
+    """How many were reserved for since it was locked."""
 
 
 @dataclass(frozen=True, slots=True)
 class Locked:
     """Accounts that nobody else can reserve from until the commit, and the moment it was so."""
 
-    accounts: dict[str, Account]
+    purses: dict[str, Purse]
     virtual_now: float
     now: datetime
     """By the database's clock."""
@@ -57,14 +85,28 @@ def lock(session: Session, account_ids: Collection[str]) -> Locked:
     They are locked in the order of their ids, so that no two callers wait for each other.
     """
     backlog.look(session)
-    rows = session.execute(
-        select(Account, select(FairClock.virtual_now).scalar_subquery(), func.clock_timestamp())
-        .where(Account.id.in_(account_ids))
-        .order_by(Account.id)
-        .with_for_update(of=Account, key_share=True)
-        .execution_options(populate_existing=True)
-    ).all()
-    return Locked({account.id: account for account, _, _ in rows}, rows[-1][1], rows[-1][2])
+    rows = session.execute(_LOCK, {"ids": list(account_ids)}).all()
+    purses = {row[0]: Purse(*row[3:]) for row in rows}
+    return Locked(purses, rows[-1][1], rows[-1][2])
+
+
+_LOCK = (
+    select(
+        Account.id,
+        select(FairClock.virtual_now).scalar_subquery(),
+        func.clock_timestamp(),
+        Account.suspended,
+        Account.user_group,
+        Account.balance,
+        Account.reserved,
+        Account.unfinished,
+        Account.unfinished_max,
+        Account.virtual_finish,
+    )
+    .where(Account.id == func.any(bindparam("ids", type_=ARRAY(Text))))
+    .order_by(Account.id)
+    .with_for_update(of=Account, key_share=True)
+)
 
 
 def reserve(
@@ -72,76 +114,106 @@ def reserve(
 ) -> Hold | ServiceError:
     """Hold `price` credits for each task of a request, or for none of them.
 
-    `costs` are the tasks' shares of a GPU in virtual time. What is held is written with the
-    caller's next flush.
+    `costs` are the tasks' shares of a GPU in virtual time. What is held is written by `write`.
 
     Errors: AccountSuspended, TooManyUnfinished, InsufficientCredits, BacklogFull.
     """
-    account = locked.accounts[account_id]
-    fault = _refusal(account, price * len(costs), len(costs))
+    purse = locked.purses[account_id]
+    fault = _refusal(purse, price * len(costs), len(costs))
     if fault is not None:
         return fault
     tags = []
     for cost in costs:
-        tag, account.virtual_finish = fairness.schedule(
-            locked.virtual_now, account.virtual_finish, cost, account.user_group
+        tag, purse.virtual_finish = fairness.schedule(
+            locked.virtual_now, purse.virtual_finish, cost, purse.user_group
         )
         tags.append(tag)
-    account.reserved += price * len(costs)
-    account.unfinished += len(costs)
+    purse.reserved += price * len(costs)
+    purse.unfinished += len(costs)
+    purse.tasks += len(costs)
     backlog.take(len(costs))
-    return Hold(tags, account.user_group)
+    return Hold(tags, purse.user_group)
 
 
-def _refusal(account: Account, price: Decimal, tasks: int) -> ServiceError | None:
-    if account.suspended:
+def write(session: Session, locked: Locked) -> None:
+    """Write what was reserved from all of the accounts, in one statement."""
+    held = {account_id: purse for account_id, purse in locked.purses.items() if purse.tasks}
+    if not held:
+        return
+    session.execute(
+        _WRITE,
+        {
+            "ids": list(held),
+            "reserved": [purse.reserved for purse in held.values()],
+            "unfinished": [purse.unfinished for purse in held.values()],
+            "virtual_finish": [purse.virtual_finish for purse in held.values()],
+        },
+    )
+
+
+_WRITE = text("""
+    UPDATE accounts
+       SET reserved = held.reserved, unfinished = held.unfinished,
+           virtual_finish = held.virtual_finish
+      FROM unnest(CAST(:ids AS text[]), CAST(:reserved AS numeric[]),
+                  CAST(:unfinished AS int[]), CAST(:virtual_finish AS float8[]))
+           AS held(id, reserved, unfinished, virtual_finish)
+     WHERE accounts.id = held.id
+""")
+
+
+def _refusal(purse: Purse, price: Decimal, tasks: int) -> ServiceError | None:
+    if purse.suspended:
         return AccountSuspended()
-    if account.unfinished_max is not None and account.unfinished + tasks > account.unfinished_max:
+    if purse.unfinished_max is not None and purse.unfinished + tasks > purse.unfinished_max:
         return TooManyUnfinished()
-    if account.balance - account.reserved < price:
+    if purse.balance - purse.reserved < price:
         return InsufficientCredits()
     return backlog.refusal(tasks)
 
 
-def settle(session: Session, task: Task) -> None:
-    """Charge what `task` had reserved. The entry's unique `task_id` makes a second time fail."""
-    balance_after = session.execute(
-        update(Account)
-        .where(Account.id == task.account_id)
-        .values(
-            balance=Account.balance - task.price,
-            reserved=Account.reserved - task.price,
-            unfinished=Account.unfinished - 1,
-        )
-        .returning(Account.balance)
-        .execution_options(synchronize_session=False)
-    ).scalar_one()
-    session.execute(
+def settle(ended: CTE) -> list[CTE]:
+    """What charges the one task of `ended`, as parts of the statement that ends it.
+
+    One statement, so that the account is locked for no round trip, and locked before the entry has
+    its number: entries of an account say their balances in order. The entry's unique `task_id`
+    makes a second time fail.
+    """
+    account = _let_go(ended, balance=Account.balance - ended.c.price)
+    key = (
         update(ApiKey)
-        .where(ApiKey.id == task.api_key_id)
-        .values(used_credits=ApiKey.used_credits + task.price)
-        .execution_options(synchronize_session=False)
+        .where(ApiKey.id == ended.c.api_key_id, ended.c.account_id == account.c.id)
+        .values(used_credits=ApiKey.used_credits + ended.c.price)
+        .returning(ApiKey.id)
+        .cte("charged_key")
     )
-    session.add(
-        LedgerEntry(
-            account_id=task.account_id,
-            kind=EntryKind.CHARGE,
-            amount=-task.price,
-            balance_after=balance_after,
-            actor="worker",
-            task_id=task.id,
-        )
-    )
-    session.flush()
+    charge = {
+        LedgerEntry.account_id: account.c.id,
+        LedgerEntry.kind: literal(EntryKind.CHARGE, LedgerEntry.kind.type),
+        LedgerEntry.amount: -ended.c.price,
+        LedgerEntry.balance_after: account.c.balance,
+        LedgerEntry.actor: literal("worker"),
+        LedgerEntry.task_id: ended.c.id,
+    }
+    charged = select(*charge.values()).join_from(account, ended, true())
+    entry = insert(LedgerEntry).from_select([*charge], charged).returning(LedgerEntry.id)
+    return [account, key, entry.cte("charge")]
 
 
-def release(session: Session, task: Task) -> None:
-    """Let go of what `task` had reserved; nothing was charged, so nothing is entered."""
-    session.execute(
+def release(ended: CTE) -> list[CTE]:
+    """What lets go of what the one task of `ended` had reserved; nothing is charged or entered."""
+    return [_let_go(ended)]
+
+
+def _let_go(ended: CTE, **values: Any) -> CTE:
+    return (
         update(Account)
-        .where(Account.id == task.account_id)
-        .values(reserved=Account.reserved - task.price, unfinished=Account.unfinished - 1)
-        .execution_options(synchronize_session=False)
+        .where(Account.id == ended.c.account_id)
+        .values(
+            reserved=Account.reserved - ended.c.price, unfinished=Account.unfinished - 1, **values
+        )
+        .returning(Account.id, Account.balance)
+        .cte("account")
     )
 
 

@@ -298,7 +298,14 @@ class LedgerEntry(Base):
 
     __tablename__ = "ledger_entries"
     __table_args__ = (
-        UniqueConstraint("account_id", "idempotency_key"),
+        # Charges, which are nearly all of them, have no key.
+        Index(
+            "ix_ledger_entries_idempotency",
+            "account_id",
+            "idempotency_key",
+            unique=True,
+            postgresql_where=text("idempotency_key IS NOT NULL"),
+        ),
         CheckConstraint("(kind = 'charge') = (task_id IS NOT NULL)", name="charge_has_task"),
         CheckConstraint("(kind = 'grant') = (amount > 0)", name="sign"),
         Index("ix_ledger_entries_account", "account_id", "id"),

@@ -1,4 +1,4 @@
-"""Images in a bucket. boto3 is known in this file only; everyone else knows bytes, keys and URLs.
+"""Images in a bucket. botocore is known in this file only; everyone else knows bytes, keys, URLs.
 
 Keys are unguessable and begin with their hour, so that a listing shows the oldest first.
 """
@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from http import HTTPStatus
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
-import boto3
+import botocore.session
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
+from botocore.loaders import Loader
 from pydantic import HttpUrl
 
 from storage.errors import StorageUnavailable
@@ -35,6 +36,11 @@ ATTEMPTS_MAX = 3
 POOL_SIZE = 32
 DELETE_MAX = 1000
 """Keys in one DeleteObjects call; S3 takes no more."""
+OPERATIONS = (
+    *("PutObject", "GetObject", "DeleteObjects", "ListObjectsV2"),
+    *("HeadBucket", "CreateBucket"),
+)
+"""Of S3's API, what is used here."""
 
 
 class TemporaryCredentials(Exception):
@@ -121,6 +127,11 @@ def delete_older_than(age: timedelta) -> int:
     return deleted
 
 
+def load() -> None:
+    """Load now what the first call would load. Raises: TemporaryCredentials."""
+    _client()
+
+
 def check() -> None:
     """Raises: StorageUnavailable: the bucket cannot be reached."""
     with _translated():
@@ -164,14 +175,31 @@ def _public_client() -> "S3Client":
     return _connect(settings.s3_public_url or settings.s3_endpoint_url)
 
 
+class _Needed(Loader):
+    """What botocore knows of AWS, without what nobody here asks for: 9 MB in every process."""
+
+    def load_data_with_path(self, name: str) -> Any:
+        data, path = super().load_data_with_path(name)
+        if name == "endpoints":
+            for partition in data["partitions"]:
+                partition["services"] = {"s3": partition["services"].get("s3", {})}
+        elif name.endswith("/service-2"):
+            data["operations"] = {each: data["operations"][each] for each in OPERATIONS}
+            for shape in data["shapes"].values():
+                for described in (shape, *shape.get("members", {}).values()):
+                    described.pop("documentation", None)
+        return data, path
+
+
 def _connect(endpoint_url: HttpUrl | None) -> "S3Client":
     """Raises: TemporaryCredentials."""
     secret = settings.s3_secret_access_key
-    session = boto3.Session(
-        aws_access_key_id=settings.s3_access_key_id,
-        aws_secret_access_key=None if secret is None else secret.get_secret_value(),
-        region_name=settings.s3_region,
-    )
+    session = botocore.session.Session()
+    session.register_component("data_loader", _Needed())
+    if settings.s3_access_key_id or secret:
+        session.set_credentials(
+            settings.s3_access_key_id or "", "" if secret is None else secret.get_secret_value()
+        )
     credentials = session.get_credentials()
     if credentials is None:
         raise TemporaryCredentials(
@@ -183,8 +211,9 @@ def _connect(endpoint_url: HttpUrl | None) -> "S3Client":
             "The credentials of the image store are temporary, and image URLs would end with them:"
             " set ZIMAGE_S3_ACCESS_KEY_ID and ZIMAGE_S3_SECRET_ACCESS_KEY to lasting ones"
         )
-    return session.client(
+    client = session.create_client(
         "s3",
+        region_name=settings.s3_region,
         endpoint_url=None if endpoint_url is None else str(endpoint_url),
         config=Config(
             signature_version="s3v4",
@@ -195,3 +224,4 @@ def _connect(endpoint_url: HttpUrl | None) -> "S3Client":
             max_pool_connections=POOL_SIZE,
         ),
     )
+    return cast("S3Client", client)

@@ -1,7 +1,8 @@
 """The doorbell from one edge to the other. Jobs are named, not imported: no edge needs the other.
 
 A job says that one more task waits, not which: that is decided when a GPU is free.
-Losing one costs a delay, never a task: the repairs ring for what is still pending.
+Losing one costs a delay, never a task: the repairs ring for what is still pending. So no more than
+BELLS_MAX are kept, however much waits: who finds none after a task looks at the rows.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,6 +18,7 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as NotAnswered
 from redis.retry import Retry
 from rq import Queue
+from rq.queue import EnqueueData
 from rq.serializers import JSONSerializer
 
 from storage.settings import settings
@@ -28,8 +30,9 @@ GENERATE = "worker.generate.run"
 CONNECT_TIMEOUT_S = 2
 ANSWER_TIMEOUT_S = 2
 """One caller waits so long for a Redis that hangs; nobody else does until it answers again."""
-RING_MAX = 1000
-"""Jobs in one round trip: the bound on one pipeline, and on what one repair rings."""
+BELLS_MAX = 1000
+"""Jobs that are kept, about: several processes that ring at once may pass it by what each rings.
+More than there are workers, which is what bells are for; a million would be a gigabyte of Redis."""
 FAILURE_TTL_S = 7 * 24 * 3600
 """How long RQ keeps a job that raised, with its traceback."""
 JOB_TIMEOUT_S = 60
@@ -76,27 +79,43 @@ connection = connect()
 generate_queue = Queue(NAME, connection=connection, serializer=JSONSerializer)
 
 
-def ring(times: int) -> None:
-    """Put `times` jobs, RING_MAX in a round trip. Bells are alike: the claim decides on the task.
+_heard_of = 0
+"""Jobs that waited when this process rang last."""
 
-    What goes wrong is logged, not raised: the tasks are committed, and the repairs ring later.
+
+def ring(times: int) -> None:
+    """Put `times` jobs in one round trip, or what BELLS_MAX leaves room for.
+
+    Bells are alike: the claim decides on the task. What goes wrong is logged, not raised: the tasks
+    are committed, and the repairs ring later.
     """
-    job = Queue.prepare_data(
+    global _heard_of
+    if times < 1:
+        return
+    try:
+        with asking():
+            if _heard_of + times > BELLS_MAX:  # there, or not any longer
+                _heard_of = generate_queue.count
+            if (fitting := min(times, BELLS_MAX - _heard_of)) > 0:
+                with connection.pipeline() as together:
+                    generate_queue.enqueue_many([_job()] * fitting, pipeline=together)
+                    together.llen(generate_queue.key)
+                    _heard_of = together.execute()[-1]
+    except RedisError as error:
+        logger.warning("queue.ring_failed", times=times, error=str(error))
+    except Exception:
+        # Whatever it is: who asked for the tasks must not be told that there are none.
+        logger.exception("queue.ring_failed", times=times)
+
+
+def _job() -> EnqueueData:
+    return Queue.prepare_data(
         GENERATE,
         timeout=JOB_TIMEOUT_S,
         result_ttl=0,
         failure_ttl=FAILURE_TTL_S,
         description=GENERATE,
     )
-    try:
-        for start in range(0, times, RING_MAX):
-            with asking():
-                generate_queue.enqueue_many([job] * min(RING_MAX, times - start))
-    except RedisError as error:
-        logger.warning("queue.ring_failed", times=times, error=str(error))
-    except Exception:
-        # Whatever it is: who asked for the tasks must not be told that there are none.
-        logger.exception("queue.ring_failed", times=times)
 
 
 def count() -> int:

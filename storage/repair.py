@@ -1,7 +1,8 @@
 """What a crash left behind, found by looking at the state; the courier runs it every few seconds,
 in as many copies as there are.
 
-A lost job     more tasks pending than jobs waiting    the bell is rung for the difference
+A lost job     more tasks pending than jobs waiting    the bell is rung for the difference, up to
+                                                       as many jobs as are kept
 A lost worker  processing, its lease run out           pending again; after the last time failed
 A deadline     unfinished, its deadline over           cancelled, uncharged
 An old image   in the bucket longer than its URL lives deleted, known to a task or not
@@ -57,7 +58,7 @@ def lost_workers() -> int:
 
 
 def lost_jobs() -> int:
-    """Ring for tasks that wait without a job. Returns how many were rung for.
+    """Ring for tasks that wait without a job, as far as jobs are kept. Returns how many were rung.
 
     A job that rings for nothing is harmless, so two copies may count the same difference.
     """
@@ -67,9 +68,11 @@ def lost_jobs() -> int:
         logger.warning("repair.queue_unreachable", error=str(error))
         return 0
     with transaction() as session:
-        missing = fairness.waiting(session, at_most=jobs + queue.RING_MAX) - jobs
+        waiting = fairness.waiting(session, at_most=queue.BELLS_MAX)
+    missing = waiting - jobs
     if missing > 0:
-        logger.warning("queue.jobs_lost", times=missing)
+        if waiting < queue.BELLS_MAX:  # otherwise not all that wait ever had one
+            logger.warning("queue.jobs_lost", times=missing)
         queue.ring(missing)
     return max(0, missing)
 

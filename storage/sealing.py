@@ -7,13 +7,15 @@ encrypted (Fernet: AES-128-CBC and HMAC-SHA-256). The first key seals, and every
 import re
 from base64 import urlsafe_b64encode
 from functools import cache
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-from cryptography.fernet import Fernet, InvalidToken, MultiFernet
 from pydantic import AfterValidator, SecretStr
 from pydantic_settings import BaseSettings
 
 from storage.settings import MODEL_CONFIG, load
+
+if TYPE_CHECKING:
+    from cryptography.fernet import MultiFernet
 
 MARK = "§"
 """What a sealed text begins with. Not ASCII, so that a process of an older version, which takes the
@@ -56,6 +58,8 @@ def unseal(kept: str) -> str:
     """
     if not kept.startswith(MARK):
         return kept
+    from cryptography.fernet import InvalidToken
+
     try:
         return _box().decrypt(kept.removeprefix(MARK).encode()).decode()
     except InvalidToken:
@@ -68,12 +72,15 @@ def reseal(kept: str) -> str:
 
 
 @cache
-def _box() -> MultiFernet:
+def _box() -> "MultiFernet":
     return box(load(SealingSettings).secret_keys)
 
 
-def box(keys: SecretStr) -> MultiFernet:
+def box(keys: SecretStr) -> "MultiFernet":
     """What seals with the first of `keys`."""
+    # Only now: it is 6 MB, and an API process that is never asked for a secret does without.
+    from cryptography.fernet import Fernet, MultiFernet
+
     return MultiFernet(
         Fernet(urlsafe_b64encode(bytes.fromhex(key))) for key in keys.get_secret_value().split(",")
     )

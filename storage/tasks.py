@@ -15,9 +15,23 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 
-from sqlalchemy import CTE, ColumnElement, func, insert, select, text, tuple_, update
+import orjson
+from sqlalchemy import (
+    ARRAY,
+    CTE,
+    ColumnElement,
+    Executable,
+    Text,
+    bindparam,
+    func,
+    select,
+    text,
+    tuple_,
+    update,
+)
 from sqlalchemy.orm import Session
 
 from storage import deliveries, fairness, idempotency, ledger
@@ -44,6 +58,8 @@ STEPS = 8
 that 9 gave 8. Source: https://github.com/huggingface/diffusers/pull/13730
 """
 MEASURED_TASKS = 20
+ENDED_MAX = 1000
+"""Ended tasks among which MEASURED_TASKS completed ones are looked for."""
 WAITING_COUNT_MAX = 10_000
 LIST_MAX = 10_000
 """Tasks that a list counts, and how deep it can be paged."""
@@ -134,7 +150,11 @@ class Claim:
 
 def new_id(now: datetime) -> str:
     """The one public form of a task id: unix seconds and 8 random lower-case alphanumerics."""
-    tail = "".join(secrets.choice(_ID_ALPHABET) for _ in range(8))
+    number = secrets.randbelow(len(_ID_ALPHABET) ** 8)
+    tail = ""
+    for _ in range(8):
+        number, digit = divmod(number, len(_ID_ALPHABET))
+        tail += _ID_ALPHABET[digit]
     return f"{ID_PREFIX}{int(now.timestamp())}-{tail}"
 
 
@@ -174,7 +194,7 @@ def _submit(session: Session, submissions: Sequence[Submission]) -> list[Outcome
         session, [(s.account_id, s.mark) for s in submissions if s.mark is not None], locked.now
     )
     admitted = [_admit(session, submission, locked, known) for submission in submissions]
-    session.flush()
+    ledger.write(session, locked)
     rows: list[dict[str, Any]] = []
     for submission, hold in zip(submissions, admitted, strict=True):
         if isinstance(hold, ledger.Hold):
@@ -207,10 +227,34 @@ def _admit(
     return ledger.reserve(locked, submission.account_id, submission.price, costs)
 
 
+_NEW = (
+    "id, account_id, api_key_id, dialect, request_id, model, prompt, width, height, aspect_ratio,"
+    " seed, seed_given, steps, image_format, callback_url, prompt_extend, strict_moderation,"
+    " allow_downscale, price, user_group, fair_tag, deadline_at, status, progress, attempt, losses,"
+    " created_at"
+)
+"""The columns of a new task, which `_row` has as well; in all others it has nothing."""
+_INSERT = text(
+    f"INSERT INTO tasks ({_NEW}) SELECT {_NEW}"  # noqa: S608 - names of ours
+    " FROM json_populate_recordset(CAST(NULL AS tasks), CAST(:rows AS json))"
+)
+
+
 def _insert(session: Session, rows: list[dict[str, Any]]) -> Sequence[Task]:
-    if not rows:
-        return ()
-    return session.scalars(insert(Task).returning(Task, sort_by_parameter_order=True), rows).all()
+    """The tasks as they were inserted: nothing of a new one is the database's choice.
+
+    As JSON they are one parameter of one statement, however many they are.
+    """
+    if rows:
+        session.execute(_INSERT, {"rows": orjson.dumps(rows, default=str).decode()})
+    return [_as_loaded(row) for row in rows]
+
+
+def _as_loaded(row: Mapping[str, Any]) -> Task:
+    """A task as it is in the database. `Task(**row)` would note each value as a change to write."""
+    task = Task()
+    vars(task).update(row)
+    return task
 
 
 def _rows(submission: Submission, hold: ledger.Hold, now: datetime) -> list[dict[str, Any]]:
@@ -249,6 +293,10 @@ def _row(
         "user_group": user_group,
         "fair_tag": fair_tag,
         "deadline_at": None if deadline_s is None else now + timedelta(seconds=deadline_s),
+        "status": TaskStatus.PENDING,
+        "progress": 0,
+        "attempt": 0,
+        "losses": 0,
         "created_at": now,
     }
 
@@ -259,10 +307,14 @@ def claim_next(session: Session, worker: str, *, rewriting: bool = True) -> Task
     Guard and write are one statement, and what others are claiming is skipped. Without `rewriting`
     a task whose prompt must be rewritten first is passed over.
     """
-    (task,) = _claim(session, worker, fairness.fairest(rewriting=rewriting)) or (None,)
-    if task is not None:
-        fairness.tick(session, task.fair_tag)
-    return task
+    for everywhere in fairness.looks():
+        chosen = fairness.fairest(rewriting=rewriting, everywhere=everywhere)
+        for task in _claim(session, worker, chosen):
+            fairness.tick(session, task.fair_tag)
+            if not rewriting:
+                fairness.passed_by()
+            return task
+    return None
 
 
 def claim_alike(session: Session, worker: str, task: Task, limit: int) -> list[Task]:
@@ -331,7 +383,11 @@ def note_rewrite(session: Session, claim: Claim, rewrite: Rewrite) -> bool:
     """Keep what a prompt was rewritten to, so that nobody does it again. False: not theirs."""
     held = session.execute(
         update(Task)
-        .where(*_held(claim))
+        .where(
+            Task.id == claim.task_id,
+            Task.attempt == claim.attempt,
+            Task.status == TaskStatus.PROCESSING,
+        )
         .values(
             rewritten_prompt=rewrite.text,
             reasoning=rewrite.reasoning,
@@ -363,7 +419,8 @@ def complete(
     return _advance(
         session,
         TaskStatus.COMPLETED,
-        *_held(claim),
+        _HELD,
+        _of(claim),
         progress=100,
         image_key=image_key,
         image_sha256=image_sha256,
@@ -379,12 +436,12 @@ def complete(
 
 def fail(session: Session, claim: Claim, error: ServiceError) -> Task | None:
     """The task cannot be drawn: release its credits. None: the claim is no longer valid."""
-    return _fail(session, error, *_held(claim))
+    return _fail(session, error, _HELD, _of(claim))
 
 
 def hand_back(session: Session, claim: Claim) -> Task | None:
     """Let another worker draw it: this one is stopping. None: the claim is no longer valid."""
-    return _advance(session, TaskStatus.PENDING, *_held(claim), progress=0)
+    return _advance(session, TaskStatus.PENDING, _HELD, _of(claim), progress=0)
 
 
 def lose(session: Session, claim: Claim, error: ServiceError) -> Task | None:
@@ -392,7 +449,7 @@ def lose(session: Session, claim: Claim, error: ServiceError) -> Task | None:
 
     None: the claim is no longer valid.
     """
-    return _lose(session, error, *_held(claim))
+    return _lose(session, error, _HELD, _of(claim))
 
 
 def expired(session: Session, limit: int) -> list[Claim]:
@@ -411,7 +468,7 @@ def give_up(session: Session, claim: Claim) -> Task | None:
 
     None: the worker was heard of after all, or another repair was first.
     """
-    return _lose(session, WorkerLost(), *_held(claim), Task.lease_until < func.clock_timestamp())
+    return _lose(session, WorkerLost(), _HELD + _LEASE_OVER, _of(claim))
 
 
 def cancel(
@@ -424,10 +481,13 @@ def cancel(
         TaskEnded: it was first.
         NotPending: it is being drawn, and `only_pending` asks to leave it then.
     """
-    owned = () if account_id is None else (Task.account_id == account_id,)
-    waits = (Task.status == TaskStatus.PENDING,) if only_pending else ()
-    task = _advance(session, TaskStatus.CANCELLED, Task.id == task_id, *owned, *waits)
+    where = _NAMED
+    where += () if account_id is None else _OWNED
+    where += _WAITING if only_pending else ()
+    of = {"of_task": task_id, "of_account": account_id}
+    task = _advance(session, TaskStatus.CANCELLED, where, of)
     if task is None:
+        owned = () if account_id is None else (Task.account_id == account_id,)
         status = session.scalar(select(Task.status).where(Task.id == task_id, *owned))
         if status is None:
             raise TaskNotFound
@@ -450,11 +510,15 @@ def overdue(session: Session, limit: int) -> list[str]:
     return list(rows)
 
 
+# An array, so that it is the same statement for any number of ids.
+_BY_IDS = select(Task).where(
+    Task.id == func.any(bindparam("ids", type_=ARRAY(Text))), Task.erased_at.is_(None)
+)
+
+
 def find_many(session: Session, asked: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Task]:
     """Tasks by (account id, task id); one that is another account's, or erased, is not found."""
-    rows = session.scalars(
-        select(Task).where(Task.id.in_([task_id for _, task_id in asked]), Task.erased_at.is_(None))
-    )
+    rows = session.scalars(_BY_IDS, {"ids": [task_id for _, task_id in asked]})
     found = {(task.account_id, task.id): task for task in rows}
     return {key: found[key] for key in asked if key in found}
 
@@ -462,12 +526,23 @@ def find_many(session: Session, asked: Sequence[tuple[str, str]]) -> dict[tuple[
 def measured(session: Session) -> tuple[float | None, int]:
     """How long the last tasks took to draw and store, mean in seconds, and how many wait now.
 
-    None where nothing was completed yet. Counts no further than WAITING_COUNT_MAX.
+    None where none of the last ENDED_MAX that ended was completed and not erased since. Counts no
+    further than WAITING_COUNT_MAX.
     """
+    ended = (
+        select(
+            Task.status, Task.finished_at, (Task.finished_at - Task.started_at).label("duration")
+        )
+        # As the partial index says it: what waits is not in it, however much that is.
+        .where(text("erased_at IS NULL AND finished_at IS NOT NULL"))
+        .order_by(Task.finished_at.desc())
+        .limit(ENDED_MAX)
+        .subquery()
+    )
     last = (
-        select((Task.finished_at - Task.started_at).label("duration"))
-        .where(Task.status == TaskStatus.COMPLETED)
-        .order_by(Task.created_at.desc(), Task.id.desc())
+        select(ended.c.duration)
+        .where(ended.c.status == TaskStatus.COMPLETED)
+        .order_by(ended.c.finished_at.desc())
         .limit(MEASURED_TASKS)
         .subquery()
     )
@@ -529,25 +604,44 @@ def newest(
     return list(session.scalars(query))
 
 
-def _lose(session: Session, error: ServiceError, *where: ColumnElement[bool]) -> Task | None:
+Conditions = tuple[ColumnElement[bool], ...]
+
+# What a move may ask of its task beside where it may come from. Made once, as the statements are:
+# to make one takes several times as long as to run it.
+_NAMED: Conditions = (Task.id == bindparam("of_task"),)
+_HELD: Conditions = (
+    *_NAMED,
+    Task.attempt == bindparam("of_attempt"),
+    Task.status == TaskStatus.PROCESSING,
+)
+_LEASE_OVER: Conditions = (Task.lease_until < func.clock_timestamp(),)
+_OWNED: Conditions = (Task.account_id == bindparam("of_account"),)
+_WAITING: Conditions = (Task.status == TaskStatus.PENDING,)
+_LOST_ONCE_MORE = Task.losses + 1
+_MAY_BE_LOST: Conditions = (settings.losses_max > _LOST_ONCE_MORE,)
+
+
+def _of(claim: Claim) -> dict[str, Any]:
+    return {"of_task": claim.task_id, "of_attempt": claim.attempt}
+
+
+def _lose(
+    session: Session, error: ServiceError, where: Conditions, of: dict[str, Any]
+) -> Task | None:
     again = _advance(
-        session,
-        TaskStatus.PENDING,
-        *where,
-        Task.losses + 1 < settings.losses_max,
-        progress=0,
-        losses=Task.losses + 1,
+        session, TaskStatus.PENDING, where + _MAY_BE_LOST, of, progress=0, losses=_LOST_ONCE_MORE
     )
-    return again or _fail(session, error, *where, losses=Task.losses + 1)
+    return again or _fail(session, error, where, of, losses=_LOST_ONCE_MORE)
 
 
 def _fail(
-    session: Session, error: ServiceError, *where: ColumnElement[bool], **values: Any
+    session: Session, error: ServiceError, where: Conditions, of: dict[str, Any], **values: Any
 ) -> Task | None:
     return _advance(
         session,
         TaskStatus.FAILED,
-        *where,
+        where,
+        of,
         error_code=type(error).__name__,
         error_message=str(error),
         **values,
@@ -555,31 +649,46 @@ def _fail(
 
 
 def _advance(
-    session: Session, to: TaskStatus, *where: ColumnElement[bool], **values: Any
+    session: Session, to: TaskStatus, where: Conditions, of: dict[str, Any], **values: Any
 ) -> Task | None:
     """Move the task that meets `where` to `to` if it may go there, else leave it: None.
 
-    Guard and write are one statement: of two racing callers exactly one gets the task. Whoever
-    ends it moves its credits and owes its callback here, so that no end can forget either.
+    `of` are the parameters of `where`. Guard and write are one statement: of two racing callers
+    exactly one gets the task.
     """
+    said = {name: value for name, value in values.items() if isinstance(value, ColumnElement)}
+    given = {f"new_{name}": value for name, value in values.items() if name not in said}
+    move = _move(to, where, tuple(said.items()), tuple(name for name in values if name not in said))
+    task: Task | None = session.scalar(move, of | given)
+    if to is TaskStatus.PENDING:
+        fairness.passed_by()
+    return task
+
+
+@lru_cache
+def _move(
+    to: TaskStatus,
+    where: Conditions,
+    said: tuple[tuple[str, ColumnElement[Any]], ...],
+    given: tuple[str, ...],
+) -> Executable:
+    """The statement that moves a task, and gives it.
+
+    What ends it moves its credits and owes its callback as well: no end can forget either, and
+    the account, which many tasks may share, is locked for no round trip.
+    """
+    values = dict(said) | {name: bindparam(f"new_{name}") for name in given}
     if to.is_terminal:
         values["finished_at"] = func.clock_timestamp()
-    task = session.scalar(
+    moved = (
         update(Task)
         .where(Task.status.in_(BEFORE[to]), *where)
         .values(status=to, lease_until=None, **values)
         .returning(Task)
-        .execution_options(populate_existing=True)
+        .cte("moved")
     )
-    if task is not None and to.is_terminal:
-        (ledger.settle if to is TaskStatus.COMPLETED else ledger.release)(session, task)
-        deliveries.owe(session, task)
-    return task
-
-
-def _held(claim: Claim) -> tuple[ColumnElement[bool], ...]:
-    return (
-        Task.id == claim.task_id,
-        Task.attempt == claim.attempt,
-        Task.status == TaskStatus.PROCESSING,
-    )
+    statement = select(*moved.c)
+    if to.is_terminal:
+        settle = ledger.settle if to is TaskStatus.COMPLETED else ledger.release
+        statement = statement.add_cte(*settle(moved), *deliveries.owe(moved))
+    return select(Task).from_statement(statement).execution_options(populate_existing=True)

@@ -188,3 +188,19 @@ class Service:
         self._stack.close()
         self.database_wire.close()
         self.store_wire.close()
+
+
+def remove_bucket() -> None:
+    """Take the image store's bucket away, which must be empty: nobody but a test asks for that."""
+    import boto3
+
+    from storage.settings import settings
+
+    secret = settings.s3_secret_access_key
+    boto3.client(
+        "s3",
+        endpoint_url=str(settings.s3_endpoint_url),
+        region_name=settings.s3_region,
+        aws_access_key_id=settings.s3_access_key_id,
+        aws_secret_access_key=None if secret is None else secret.get_secret_value(),
+    ).delete_bucket(Bucket=settings.s3_bucket)

@@ -425,6 +425,48 @@ def test_an_account_at_its_share_of_the_courier_has_no_more_taken(
     assert left_s > 0
 
 
+def test_a_receiver_that_hangs_holds_up_no_other_of_the_same_account(
+    customer: Customer, submit: Submit, work: Work
+) -> None:
+    submit(customer, callback_url="https://203.0.113.7/told")
+    submit(customer, callback_url="https://203.0.113.8:8443/told?a/b")
+    work()
+    busy = f"{customer.id} 203.0.113.7"
+    with transaction() as session:
+        (taken,) = deliveries.claim_due(
+            session, limit=10, except_accounts=[], except_receivers=[busy]
+        )
+        left_s = deliveries.next_due_in_s(
+            session, except_accounts=[], except_receivers=[busy, taken.receiver]
+        )
+
+    assert taken.receiver == f"{customer.id} 203.0.113.8:8443"
+    assert left_s is None
+
+
+def test_attempts_that_end_together_are_noted_together_each_as_it_ended(
+    customer: Customer, submit: Submit, work: Work
+) -> None:
+    for _ in range(3):
+        submit(customer, callback_url="https://203.0.113.7/told")
+    work()
+    with transaction() as session:
+        taken = deliveries.claim_due(session, limit=10, except_accounts=[])
+    told, failed, refused = [attempt.delivery for attempt in taken]
+    ends = [
+        deliveries.End(told, 200, None, final=False),
+        deliveries.End(failed, 500, "answered 500", final=False),
+        deliveries.End(refused, None, "not a public address", final=True),
+    ]
+    with transaction() as session:
+        became = deliveries.record_many(session, ends)
+    with transaction() as session:
+        again = deliveries.record_many(session, ends[2:])
+
+    assert became == [DeliveryState.DELIVERED, DeliveryState.WAITING, DeliveryState.GAVE_UP]
+    assert again == [None]
+
+
 def test_a_cancelled_task_is_told_as_well(
     customer: Customer, submit: Submit, receiver: Receiver, courier: None
 ) -> None:

@@ -436,6 +436,21 @@ def test_the_demo_credentials_work_and_are_nobody_elses_to_read(
     assert demo.callback_secret == written["ZIMAGE_CALLBACK_SECRET"]
 
 
+def test_what_prepares_waits_for_its_turn_and_then_writes_the_credentials(
+    warm: Warm, tmp_path: Path
+) -> None:
+    turn, path = tmp_path / "servers-ready", tmp_path / "credentials.env"
+    options = ("--after", str(turn), "--demo-credentials", str(path), "acct_demo")
+
+    child = warm.start("-m", "api", "prepare", *options)
+    assert not path.exists()
+    turn.touch()
+    _, said = child.communicate()
+
+    assert child.wait() == 0, said
+    assert account("acct_demo").callback_secret == read(path)["ZIMAGE_CALLBACK_SECRET"]
+
+
 def test_the_demo_account_is_made_once(command: Command, tmp_path: Path) -> None:
     path = tmp_path / "credentials.env"
     command("demo-credentials", str(path))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
 import pytest
+from sqlalchemy import update
 
-from storage import fairness, tasks
+from storage import backlog, fairness, tasks
 from storage.database import transaction
-from storage.models import ImageFormat
+from storage.models import ImageFormat, Task, TaskStatus
 
 if TYPE_CHECKING:
     from tests.conftest import Customer, NewCustomer
@@ -111,3 +113,95 @@ def test_an_unnamed_group_weighs_one() -> None:
 
 def test_tags_follow_each_other_at_cost_over_weight() -> None:
     assert fairness.schedule(1.0, 4.0, 1.5, "heavy") == (4.0, 4.5)
+
+
+def test_a_place_deep_in_the_queue_is_counted_from_the_nearest_mark(
+    new_customer: NewCustomer,
+) -> None:
+    customer = new_customer()
+    submit(customer, 3 * fairness.NEAR)
+    with transaction() as session:
+        waiting = tasks.newest(session, account_id=None, status=None, before=None, limit=1000)
+        asked = sorted((task.fair_tag, task.id) for task in waiting)
+        # In any order, and with and without marks.
+        for at in (2 * fairness.NEAR + 7, fairness.NEAR, fairness.NEAR - 1, 0):
+            assert fairness.places(session, [asked[at]], at_most=10_000) == [at]
+        everybody = fairness.places(session, asked, at_most=10_000)
+        bounded = fairness.places(session, asked, at_most=250)
+
+    assert everybody == list(range(len(asked)))
+    assert bounded == [min(250, place) for place in range(len(asked))]
+
+
+def test_what_comes_back_is_next_however_far_virtual_time_is(new_customer: NewCustomer) -> None:
+    customer = new_customer()
+    submit(customer, 30)
+    with transaction() as session:
+        first = tasks.claim_next(session, "a worker")
+        assert first is not None
+    claim_accounts(10)
+    with transaction() as session:
+        assert tasks.hand_back(session, tasks.claim_of(first)) is not None
+
+        again = tasks.claim_next(session, "another worker")
+
+    assert again is not None
+    assert again.id == first.id
+
+
+def test_what_another_process_gave_back_is_next_after_a_moment(new_customer: NewCustomer) -> None:
+    customer = new_customer()
+    submit(customer, 30)
+    with transaction() as session:
+        first = tasks.claim_next(session, "a worker")
+    assert first is not None
+    claim_accounts(10)
+    with transaction() as session:  # as another process would, of which this one hears nothing
+        session.execute(
+            update(Task)
+            .where(Task.id == first.id)
+            .values(status=TaskStatus.PENDING, lease_until=None)
+        )
+    time.sleep(fairness.EVERYWHERE_S)
+
+    with transaction() as session:
+        again = tasks.claim_next(session, "a worker")
+
+    assert again is not None
+    assert again.id == first.id
+
+
+def test_where_nothing_else_waits_what_came_back_is_found_at_once(
+    new_customer: NewCustomer,
+) -> None:
+    customer = new_customer()
+    submit(customer, 10)
+    with transaction() as session:
+        first = tasks.claim_next(session, "a worker")
+    assert first is not None
+    claim_accounts(9)
+    with transaction() as session:
+        session.execute(
+            update(Task)
+            .where(Task.id == first.id)
+            .values(status=TaskStatus.PENDING, lease_until=None)
+        )
+
+    assert claim_accounts(1) == [customer.id]
+
+
+def test_more_than_are_counted_are_added_up_from_what_the_accounts_have(
+    new_customer: NewCustomer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(new_customer(), 12)
+    submit(new_customer(), 9)
+    claim_accounts(4)
+
+    for counted_max in (10_000, 10):
+        monkeypatch.setattr(backlog, "COUNTED_MAX", counted_max)
+        places = backlog.Backlog(20)
+        with transaction() as session:
+            places.look(session)
+
+        assert places.refusal(3) is None
+        assert places.refusal(4) is not None

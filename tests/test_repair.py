@@ -64,15 +64,44 @@ def test_nothing_is_rung_for_where_no_job_is_missing(customer: Customer, submit:
     assert queue.count() == 1
 
 
-def test_one_look_rings_for_a_bounded_number(customer: Customer, submit: Submit) -> None:
+def let_wait(customer: Customer, times: int) -> None:
     with transaction() as session:
         request = tasks.ImageRequest("a cat", 64, 64, ImageFormat.PNG)
         one = tasks.Submission(customer.id, customer.key_id, (request,), "test", price=Decimal(0))
-        tasks.submit_many(session, [one] * (queue.RING_MAX + 1))
+        tasks.submit_many(session, [one] * times)
 
-    assert repair.lost_jobs() == queue.RING_MAX
-    assert repair.lost_jobs() == 1
+
+def test_repairs_ring_for_no_more_than_is_kept(customer: Customer) -> None:
+    let_wait(customer, queue.BELLS_MAX + 1)
+
+    assert repair.lost_jobs() == queue.BELLS_MAX
     assert repair.lost_jobs() == 0
+    assert queue.count() == queue.BELLS_MAX
+
+    queue.generate_queue.pop_job_id()
+    assert repair.lost_jobs() == 1
+
+
+def test_no_more_bells_are_kept_than_fit_and_as_many_again_once_some_were_heard() -> None:
+    for _ in range(3):
+        queue.ring(queue.BELLS_MAX - 1)
+    assert queue.count() == queue.BELLS_MAX
+
+    queue.connection.flushdb()
+    queue.ring(2)
+    assert queue.count() == 2
+
+
+def test_what_waits_without_a_bell_is_drawn_after_what_has_one(
+    customer: Customer, submit: Submit, work: Work
+) -> None:
+    waiting = [submit(customer) for _ in range(5)]
+    queue.connection.flushdb()
+    queue.ring(1)
+
+    work()
+
+    assert {customer.task(task.id).status for task in waiting} == {TaskStatus.COMPLETED}
 
 
 def test_the_task_of_a_dead_worker_is_drawn_again_and_charged_once(
@@ -128,7 +157,7 @@ def test_an_image_that_nobody_knows_goes_when_its_time_is_over() -> None:
 
     assert repair.old_images() == 0
     assert objects.delete_older_than(timedelta(days=1)) == 0
-    assert objects._client().head_object(Bucket=settings.s3_bucket, Key=key)
+    assert objects._client().get_object(Bucket=settings.s3_bucket, Key=key)
 
     assert objects.delete_older_than(timedelta(0)) == 1
     listed = objects._client().list_objects_v2(Bucket=settings.s3_bucket)

@@ -17,9 +17,9 @@ from storage import events, objects, queue
 from storage.database import transaction
 from storage.errors import ResourceExhausted, RewriteFailed
 from storage.models import Task, TaskStatus
-from storage.settings import settings
 from storage.tasks import Rewrite
 from tests.conftest import MODERATION, OneByOne, Paint, employ
+from tests.outages import remove_bucket
 from tests.test_processes import wait_until
 from worker import stages
 from worker.drawing import Drawing, Picture
@@ -173,7 +173,7 @@ def test_an_image_waits_for_a_store_that_comes_back(
 ) -> None:
     task = submit(customer)
     objects.delete_older_than(timedelta(0))
-    objects._client().delete_bucket(Bucket=settings.s3_bucket)
+    remove_bucket()
     try:
         with working(employ(Paint())):
             printed = ""

@@ -222,8 +222,11 @@ def test_the_database_refuses_a_second_charge(customer: Customer, submit: Submit
     submit(customer)
     complete(claim())
 
+    ended = select(Task).where(Task.id == task.id).cte("ended")
+    again = select(ended.c.id).add_cte(*ledger.settle(ended))
+
     with pytest.raises(IntegrityError, match="task_id"), transaction() as session:
-        ledger.settle(session, task)
+        session.execute(again)
 
 
 def test_a_lost_task_is_drawn_again_but_not_for_ever(customer: Customer, submit: Submit) -> None:
@@ -332,3 +335,19 @@ def test_without_a_callback_url_nothing_is_owed(customer: Customer, submit: Subm
 
     with transaction() as session:
         assert session.scalars(select(Delivery)).all() == []
+
+
+def test_what_an_image_takes_is_known_however_much_waits_or_failed_since(
+    customer: Customer, submit: Submit
+) -> None:
+    for _ in range(4):
+        submit(customer)
+    complete(claim())
+    fail(claim())
+
+    with transaction() as session:
+        mean_s, waiting = tasks.measured(session)
+
+    assert mean_s is not None
+    assert 0 < mean_s < 60
+    assert waiting == 2

@@ -19,6 +19,7 @@ from storage.errors import GenerationTimeout, ResourceExhausted
 from storage.models import Task, TaskStatus
 from storage.settings import settings
 from tests.conftest import Canvas, employ
+from tests.outages import remove_bucket
 from worker import generate, loading
 from worker.leases import Leases
 from worker.pipeline import TurboPipeline
@@ -231,9 +232,8 @@ def test_an_image_store_that_refuses_is_tried_again_and_then_fails_uncharged(
     customer: Customer, submit: Submit, work: Work
 ) -> None:
     task = submit(customer)
-    bucket = settings.s3_bucket
     objects.delete_older_than(timedelta(0))
-    objects._client().delete_bucket(Bucket=bucket)
+    remove_bucket()
     try:
         work()
     finally:

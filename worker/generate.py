@@ -1,10 +1,12 @@
 """RQ's side of a worker: what a job does, and when the next one is wanted.
 
 RQ has no say about a task: a job is over as soon as its task is claimed. The row and its lease
-decide what becomes of it.
+decide what becomes of it. So of all that RQ notes of a job only a failure is noted: the rest would
+be eight round trips to Redis for each image, for nobody.
 """
 
 import time
+import traceback
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -13,16 +15,21 @@ import structlog
 from redis.exceptions import RedisError
 from rq import Queue, SimpleWorker
 from rq.exceptions import StopRequested
+from rq.job import Job
 from rq.serializers import JSONSerializer
+from rq.timeouts import JobTimeoutException
 from rq.worker import WorkerStatus
 
 from storage import queue
 from storage.errors import ServiceUnavailable
+from storage.queue import JOB_TIMEOUT_S
 from worker.announce import Announcer
 from worker.stages import Worker
 
 RQ_TTL_S = 30
 """How long RQ believes in us."""
+HEARTBEAT_S = 10
+"""How often RQ is told to, at most."""
 BELL_S = 2
 """Bounds how long RQ waits for a job before it looks around, and so, with the time for an answer,
 how late a Redis that hangs is noticed."""
@@ -39,6 +46,14 @@ logger = structlog.get_logger()
 
 class BellAway(Exception):
     """Redis is away. Nothing of Redis' own, which RQ would wait or quit for."""
+
+
+class Bell(Job):
+    """A job that is not read: all say the same."""
+
+    @classmethod
+    def fetch(cls, id: str, *args: Any, **kwargs: Any) -> "Bell":  # noqa: A002 - RQ's name
+        return cls(id, *args, **kwargs)
 
 
 class Bells(Queue):
@@ -75,24 +90,59 @@ class JobLoop(SimpleWorker):
     Without Redis RQ would quit, or wait for up to a minute; this goes on by looking at the rows.
     """
 
+    job_class = Bell
     queue_class = Bells
     dequeue_timeout = BELL_S
     connection_timeout = BELL_S + queue.ANSWER_TIMEOUT_S
 
     register_birth = _unless_away(SimpleWorker.register_birth)
     register_death = _unless_away(SimpleWorker.register_death)
-    heartbeat = _unless_away(SimpleWorker.heartbeat)
     run_maintenance_tasks = _unless_away(SimpleWorker.run_maintenance_tasks)
-    set_state = _unless_away(SimpleWorker.set_state)
     set_shutdown_requested_date = _unless_away(SimpleWorker.set_shutdown_requested_date)
 
-    def execute_job(self, *args: Any, **kwargs: Any) -> None:
-        """Do a job. What is lost without Redis is a bell, or the note that it was heard."""
+    _beat_at = float("-inf")
+    _beat = _unless_away(SimpleWorker.heartbeat)
+
+    def heartbeat(self, *args: Any, **kwargs: Any) -> None:
+        """Let RQ go on believing in us."""
+        if time.monotonic() - self._beat_at >= HEARTBEAT_S:
+            self._beat_at = time.monotonic()
+            self._beat(*args, **kwargs)
+
+    def set_state(self, state: str, *args: Any, **kwargs: Any) -> None:
+        """For the signals of this process; others see what we announce."""
+        self._state = state
+
+    def execute_job(self, job: Job, queue: Queue) -> None:
+        """Do what a bell asks for. What is lost without Redis is a bell, or that it was heard."""
+        # From here on a signal must not come between a claim and its keeping.
+        self._state = WorkerStatus.BUSY
         try:
-            super().execute_job(*args, **kwargs)
+            try:
+                with self.death_penalty_class(JOB_TIMEOUT_S, JobTimeoutException, job_id=job.id):
+                    run()
+            except Exception:  # a bug, or the time limit
+                self._keep_failed(job, queue, traceback.format_exc())
+            else:
+                self._forget(job, queue)
         except RedisError as error:
             logger.warning("worker.redis_away", error=str(error))
+        finally:
             self._state = WorkerStatus.IDLE
+
+    def _forget(self, job: Job, queue: Queue) -> None:
+        with self.connection.pipeline(transaction=False) as both:
+            both.lrem(queue.intermediate_queue_key, 1, job.id)
+            both.unlink(job.key)
+            both.execute()
+
+    def _keep_failed(self, bell: Job, queue: Queue, error: str) -> None:
+        """Note it as RQ does, for who asks RQ what went wrong."""
+        logger.error("worker.job_failed", error=error)
+        job = Job.fetch(bell.id, self.connection, self.serializer)
+        self.prepare_execution(job)
+        self.prepare_job_execution(job, remove_from_intermediate_queue=True)
+        self.handle_job_failure(job, queue, exc_string=error)
 
     def subscribe(self) -> None:
         """Listen for no commands."""
@@ -105,6 +155,9 @@ class JobLoop(SimpleWorker):
         while True:
             _wait_until_wanted()
             try:
+                # More may wait than bells are kept.
+                if _no_bell_is_left() and self._took_one():
+                    continue
                 return super().dequeue_job_and_maintain_ttl(*args, **kwargs)
             except BellAway as error:
                 logger.warning("worker.redis_away", error=str(error))
@@ -136,6 +189,14 @@ class JobLoop(SimpleWorker):
             self._state = WorkerStatus.IDLE
             if self._stop_requested:
                 raise StopRequested
+
+
+def _no_bell_is_left() -> bool:
+    """Raises: BellAway."""
+    try:
+        return queue.count() == 0
+    except RedisError as error:
+        raise BellAway(str(error)) from error
 
 
 def _wait_until_wanted() -> None:

@@ -5,7 +5,7 @@ unknown paths included, so nothing has to guess the dialect afterwards.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
@@ -19,6 +19,8 @@ from starlette.responses import Response
 from starlette.types import Message
 
 from api.auth import Admit, bearer
+from api.direct import DirectRoute, Handler
+from api.direct import handler as direct_handler
 from api.orders import CallerGone
 from storage.errors import (
     InternalError,
@@ -42,8 +44,6 @@ CALLER_GONE = 499
 """What the log says where nobody is left to be answered; nginx's number for it."""
 
 RenderError = Callable[[ServiceError], Response]
-Handler = Callable[[Request], Coroutine[Any, Any, Response]]
-
 logger = structlog.get_logger()
 
 
@@ -53,15 +53,17 @@ def dialect_router(render_error: RenderError, admit: Admit | None = None) -> API
     `admit` decides who comes in, before the body is read: a stranger cannot make us parse.
     """
 
-    class DialectRoute(APIRoute):
+    class DialectRoute(DirectRoute):
         def get_route_handler(self) -> Handler:
-            handle = super().get_route_handler()
+            direct = direct_handler(self)
+            handle = super().get_route_handler() if direct is None else direct
 
             async def answer(request: Request) -> Response:
                 try:
                     if admit is not None:
                         request.state.caller = await admit(request)
-                    return await handle(await _with_bounded_body(request))
+                    bounded = await _with_bounded_body(request)
+                    return await handle(bounded if direct is None else request)
                 except RequestValidationError as error:
                     return render_error(_first_fault(error))
                 except HTTPException as error:  # a body that is not JSON in some uncommon way
@@ -83,6 +85,8 @@ def dialect_router(render_error: RenderError, admit: Admit | None = None) -> API
                 response.headers.update(request.state.headers)
                 return response
 
+            if direct is not None:
+                self.direct = handle_in_dialect
             return handle_in_dialect
 
     return APIRouter(
@@ -149,13 +153,18 @@ def close(routers: Sequence[APIRouter], prefix: str, render_error: RenderError) 
 
 async def _with_bounded_body(request: Request) -> Request:
     """The request with its body read. Raises: PayloadTooLarge."""
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
+    body = b""
+    more = True
+    while more:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
         if len(body) > BODY_MAX_BYTES:
             raise PayloadTooLarge(f"The request body is longer than {BODY_MAX_BYTES} bytes")
 
-    request.state.body = bytes(body)
+    request.state.body = body
     unread = [request.state.body]
 
     async def receive() -> Message:
