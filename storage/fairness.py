@@ -12,7 +12,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from sqlalchemy import CTE, ColumnElement, Select, func, or_, select, text, update
+from sqlalchemy import CTE, ColumnElement, Select, bindparam, func, or_, select, text
 from sqlalchemy.orm import Session
 
 from storage.models import FairClock, Task
@@ -87,29 +87,41 @@ def fairest(*, rewriting: bool = True, everywhere: bool = True) -> CTE:
     return query.limit(1).with_for_update(skip_locked=True).cte("fairest")
 
 
-def alike(task: Task, limit: int) -> CTE:
-    """The ids of at most `limit` waiting tasks of the size and steps of `task`, locked.
+def alike() -> CTE:
+    """The ids of at most `:alike_max` waiting tasks of the size and steps of a task, locked; what
+    it is like is said by `alike_to`.
 
     From the first ALIKE_WINDOW after it only, so that a common size does not pass a rare one by for
     long.
     """
-    after = _waiting_in_order().where(Task.fair_tag >= task.fair_tag)
+    after = _waiting_in_order().where(Task.fair_tag >= bindparam("alike_fair_tag"))
     window = after.limit(ALIKE_WINDOW).subquery()
     return (
         select(Task.id)
         .where(
             Task.id.in_(select(window.c.id)),
             Task.status == text("'pending'"),
-            Task.width == task.width,
-            Task.height == task.height,
-            Task.steps == task.steps,
+            Task.width == bindparam("alike_width"),
+            Task.height == bindparam("alike_height"),
+            Task.steps == bindparam("alike_steps"),
             ~_must_be_rewritten(),
         )
         .order_by(Task.fair_tag, Task.id)
-        .limit(limit)
+        .limit(bindparam("alike_max"))
         .with_for_update(skip_locked=True)
         .cte("alike")
     )
+
+
+def alike_to(task: Task, limit: int) -> dict[str, float]:
+    """The parameters of `alike`."""
+    return {
+        "alike_fair_tag": task.fair_tag,
+        "alike_width": task.width,
+        "alike_height": task.height,
+        "alike_steps": task.steps,
+        "alike_max": limit,
+    }
 
 
 def _waiting_in_order() -> Select[str]:
@@ -130,7 +142,10 @@ def _must_be_rewritten() -> ColumnElement[bool]:
 
 def tick(session: Session, tag: float) -> None:
     """Let virtual time reach `tag`, the tag of a task that was just claimed."""
-    session.execute(update(FairClock).where(FairClock.virtual_now < tag).values(virtual_now=tag))
+    session.execute(_TICK, {"tag": tag})
+
+
+_TICK = text("UPDATE fair_clock SET virtual_now = :tag WHERE virtual_now < :tag")
 
 
 def waiting(session: Session, at_most: int) -> int:

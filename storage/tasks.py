@@ -33,6 +33,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from storage import deliveries, fairness, idempotency, ledger
 from storage.database import from_now
@@ -308,8 +309,7 @@ def claim_next(session: Session, worker: str, *, rewriting: bool = True) -> Task
     a task whose prompt must be rewritten first is passed over.
     """
     for everywhere in fairness.looks():
-        chosen = fairness.fairest(rewriting=rewriting, everywhere=everywhere)
-        for task in _claim(session, worker, chosen):
+        for task in _claim(session, worker, _claiming_fairest(rewriting, everywhere), {}):
             fairness.tick(session, task.fair_tag)
             if not rewriting:
                 fairness.passed_by()
@@ -322,24 +322,41 @@ def claim_alike(session: Session, worker: str, task: Task, limit: int) -> list[T
 
     Virtual time does not move: whoever is drawn along costs those before it almost nothing.
     """
-    return _claim(session, worker, fairness.alike(task, limit))
+    return _claim(session, worker, _claiming_alike(), fairness.alike_to(task, limit))
 
 
-def _claim(session: Session, worker: str, chosen: CTE) -> list[Task]:
-    claimed = session.scalars(
+def _claim(
+    session: Session, worker: str, claiming: ReturningUpdate[Task], chosen: dict[str, float]
+) -> list[Task]:
+    claimed = session.scalars(claiming, {"claimed_by": worker} | chosen)
+    return sorted(claimed, key=lambda task: (task.fair_tag, task.id))
+
+
+# Built once: to build such a statement takes longer than to run it.
+@lru_cache
+def _claiming_fairest(rewriting: bool, everywhere: bool) -> ReturningUpdate[Task]:
+    return _claiming(fairness.fairest(rewriting=rewriting, everywhere=everywhere))
+
+
+@lru_cache
+def _claiming_alike() -> ReturningUpdate[Task]:
+    return _claiming(fairness.alike())
+
+
+def _claiming(chosen: CTE) -> ReturningUpdate[Task]:
+    return (
         update(Task)
         .where(Task.id == chosen.c.id, Task.status.in_(BEFORE[TaskStatus.PROCESSING]))
         .values(
             status=TaskStatus.PROCESSING,
             attempt=Task.attempt + 1,
-            worker=worker,
+            worker=bindparam("claimed_by"),
             lease_until=from_now(settings.lease_s),
             started_at=func.clock_timestamp(),
         )
         .returning(Task)
-        .execution_options(populate_existing=True)
+        .execution_options(populate_existing=True, synchronize_session=False)
     )
-    return sorted(claimed, key=lambda task: (task.fair_tag, task.id))
 
 
 def must_be_rewritten(task: Task) -> bool:
