@@ -94,12 +94,12 @@ def submit(batch: Sequence[tasks.Submission]) -> list[tasks.Outcome]:
 
 def find(batch: Sequence[tuple[str, str]]) -> list[Task | ServiceError]:
     """The tasks of a batch of (account id, task id)."""
-    with look() as session:
-        found = tasks.find_many(session, batch)
+    with look() as database:
+        found = tasks.find_many(database, batch)
     return [found.get(asked) or TaskNotFound() for asked in batch]
 
 
 def places(batch: Sequence[tuple[float, str]]) -> list[int]:
     """How many tasks wait before each of a batch of (fair tag, id)."""
-    with look() as session:
-        return fairness.places(session, batch, at_most=tasks.WAITING_COUNT_MAX)
+    with look() as database:
+        return fairness.places(database, batch, at_most=tasks.WAITING_COUNT_MAX)

@@ -69,7 +69,9 @@ class BoundedProtocol(HttpToolsProtocol):
     body_timeout_s: float = BODY_TIMEOUT_S
     connections_max: int = settings.connections_max
 
-    _clock: asyncio.TimerHandle | None = None
+    _deadline: float | None = None
+    """When it is hung up, by the clock of the loop."""
+    _timer: asyncio.TimerHandle | None = None
     _in_head = True
     _head_bytes = 0
     _unparsed_bytes = 0
@@ -86,12 +88,14 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_clock()
+        if self._timer is not None:
+            self._timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self._deaf or self.transport.is_closing():
             return
-        if self._clock is None and (self.cycle is None or self.cycle.response_complete):
+        if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
             self._hang_up_in(self.head_timeout_s)  # line ends before a request begin none
         was_in_head = self._in_head
         super().data_received(data)
@@ -186,10 +190,23 @@ class BoundedProtocol(HttpToolsProtocol):
         return self.cycle.more_body and not self.pipeline
 
     def _hang_up_in(self, seconds: float) -> None:
-        self._stop_clock()
-        self._clock = self.loop.call_later(seconds, self.transport.abort)
+        """Set the deadline. The timer is left to ring before it, and then set anew: a timer for
+        each head and each body would cost more than to parse them."""
+        self._deadline = self.loop.time() + seconds
+        if self._timer is not None and self._timer.when() > self._deadline:
+            self._timer.cancel()
+            self._timer = None
+        if self._timer is None:
+            self._timer = self.loop.call_at(self._deadline, self._ring)
+
+    def _ring(self) -> None:
+        self._timer = None
+        if self._deadline is None:
+            return
+        if self.loop.time() < self._deadline:
+            self._timer = self.loop.call_at(self._deadline, self._ring)
+        else:
+            self.transport.abort()
 
     def _stop_clock(self) -> None:
-        if self._clock is not None:
-            self._clock.cancel()
-            self._clock = None
+        self._deadline = None

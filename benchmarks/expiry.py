@@ -143,7 +143,7 @@ def _fill(engine: Engine, account_id: str, key_id: str) -> float:
 def _traffic(account_id: str, key_id: str, latencies: Latencies) -> Iterator[None]:
     """Creates, claims and reads, until the block ends."""
     from storage import tasks
-    from storage.database import transaction
+    from storage.database import driver, transaction
     from storage.models import ImageFormat
     from storage.tasks import Filter, ImageRequest, Submission
 
@@ -164,7 +164,7 @@ def _traffic(account_id: str, key_id: str, latencies: Latencies) -> Iterator[Non
 
     def read() -> None:
         with transaction() as session:
-            tasks.find_many(session, [(account_id, made[-1] if made else str(uuid4()))])
+            tasks.find_many(driver(session), [(account_id, made[-1] if made else str(uuid4()))])
 
     def page() -> None:
         with transaction() as session:

@@ -7,9 +7,9 @@ what it does not do: so whoever has waited for ANSWER_S asks by another connecti
 import select
 import time
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime, timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import psycopg
 from sqlalchemy import ColumnElement, Connection, create_engine, event, func
@@ -49,6 +49,7 @@ psycopg calls operational: it is a standby that only reads, or has ended our tra
 HANGS = "the database server does not answer"
 
 T = TypeVar("T")
+Driver = psycopg.Connection[tuple[Any, ...]]
 
 server = Silence()
 """What this process knows of the database server."""
@@ -106,25 +107,28 @@ def _lives(address: dict[str, Any]) -> bool:
     return True
 
 
-engine = create_engine(
-    settings.database_url.get_secret_value(),
-    pool_size=POOL_SIZE,
-    max_overflow=POOL_OVERFLOW_MAX,
-    pool_timeout=CONNECT_TIMEOUT_S,
-    hide_parameters=True,  # they are what customers wrote
-    connect_args={
+_OPTIONS: dict[str, Any] = {
+    "pool_timeout": CONNECT_TIMEOUT_S,
+    "hide_parameters": True,  # they are what customers wrote
+    "connect_args": {
         "connect_timeout": CONNECT_TIMEOUT_S,
         "options": f"-c statement_timeout={STATEMENT_TIMEOUT_S}s"
         f" -c idle_in_transaction_session_timeout={IDLE_TIMEOUT_S}s -c timezone=UTC",
         **KEEPALIVES,
     },
+}
+engine = create_engine(
+    settings.database_url.get_secret_value(),
+    pool_size=POOL_SIZE,
+    max_overflow=POOL_OVERFLOW_MAX,
+    **_OPTIONS,
+)
+_looking = create_engine(  # whose connections are never in a transaction
+    settings.database_url.get_secret_value(), pool_reset_on_return=None, **_OPTIONS
 )
 
 # Rows are rendered after their commit, so they must stay readable then.
 _sessions = sessionmaker(engine, expire_on_commit=False)
-_looks = sessionmaker(
-    engine.execution_options(isolation_level="AUTOCOMMIT"), expire_on_commit=False
-)
 
 
 @event.listens_for(engine, "do_connect")
@@ -141,7 +145,17 @@ def _connect(dialect: Any, record: Any, args: list[Any], address: dict[str, Any]
     return connection
 
 
+@event.listens_for(_looking, "do_connect")
+def _connect_to_look(dialect: Any, record: Any, args: list[Any], address: dict[str, Any]) -> Any:
+    """Raises: psycopg.OperationalError."""
+    connection = _connect(dialect, record, args, address)
+    connection.autocommit = True
+    connection.give_up_after_s = GIVE_UP_S
+    return connection
+
+
 @event.listens_for(engine, "checkout")
+@event.listens_for(_looking, "checkout")
 def _still_there(driver: Any, record: Any, proxy: Any) -> None:
     """Nobody speaks to an idle connection but a server that ends it, or that is gone: so a server
     that was restarted costs a reconnect, not an error to a customer, and no round trip tells.
@@ -159,7 +173,6 @@ def _still_there(driver: Any, record: Any, proxy: Any) -> None:
 
 
 @event.listens_for(_sessions, "after_begin")
-@event.listens_for(_looks, "after_begin")
 def _bound(session: Session, transaction: Any, connection: Connection) -> None:
     """Only what a transaction waits for is bounded: a migration may take as long as it needs."""
     driver = connection.connection.driver_connection
@@ -176,29 +189,43 @@ def transaction() -> Iterator[Session]:
             was during the commit, nobody knows whether it happened: what is done again must find
             what it did the first time.
     """
-    with _asking(_sessions) as session:
+    with _asking(), _sessions.begin() as session:
         yield session
 
 
 @contextmanager
-def look() -> Iterator[Session]:
-    """A session for one statement that only reads: it costs one round trip instead of three.
+def look() -> Iterator[Driver]:
+    """The driver's own connection, for statements that only read: each costs one round trip, where
+    a transaction has two more, and each sees what is committed when it begins.
 
     Raises: ServiceUnavailable, as `transaction` does.
     """
-    with _asking(_looks) as session:
-        yield session
+    with _asking(), closing(_looking.raw_connection()) as pooled:
+        yield cast(Driver, pooled.driver_connection)
+
+
+def driver(session: Session) -> Driver:
+    """The driver's own connection, in the transaction of `session`: for the statements that every
+    request runs, around which SQLAlchemy does several times the work that they are.
+    """
+    return cast(Driver, session.connection().connection.driver_connection)
 
 
 @contextmanager
-def _asking(sessions: sessionmaker[Session]) -> Iterator[Session]:
+def _asking() -> Iterator[None]:
     try:
-        with server.asking(), sessions.begin() as session:
-            yield session
+        with server.asking():
+            yield
     except (Silent, PoolTimeout) as error:
         raise ServiceUnavailable from error
     except DBAPIError as error:
         if not _is_away(error):
+            raise
+        raise ServiceUnavailable from error
+    except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+        raise ServiceUnavailable from error
+    except psycopg.Error as error:
+        if error.sqlstate not in AWAY:
             raise
         raise ServiceUnavailable from error
 

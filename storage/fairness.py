@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from sqlalchemy import CTE, ColumnElement, Select, bindparam, func, or_, select, text
 from sqlalchemy.orm import Session
 
+from storage.database import Driver
 from storage.models import FairClock, Task
 from storage.settings import settings
 
@@ -159,35 +160,36 @@ NEAR = 100
 MARKS_S = 1.0
 """How old the marks may be."""
 
-_PLACES = text("""
-    WITH clock AS MATERIALIZED (SELECT virtual_now - :behind AS behind FROM fair_clock)
-    SELECT CASE WHEN near.tasks < :near THEN near.tasks
-           ELSE greatest(:near, a.before + (
+_PLACES = """
+    WITH clock AS MATERIALIZED (SELECT virtual_now - %(behind)s AS behind FROM fair_clock)
+    SELECT CASE WHEN near.tasks < %(near)s THEN near.tasks
+           ELSE greatest(%(near)s, a.before + (
                SELECT count(*) FROM (SELECT 1 FROM tasks
                                       WHERE status = 'pending' AND (fair_tag, id) < (a.tag, a.id)
                                         AND (fair_tag, id) >= (a.mark_tag, a.mark_id)
-                                      LIMIT :at_most - a.before) AS after_mark)) END
-      FROM unnest(CAST(:tags AS float8[]), CAST(:ids AS text[]), CAST(:mark_tags AS float8[]),
-                  CAST(:mark_ids AS text[]), CAST(:before AS int[]))
+                                      LIMIT %(at_most)s - a.before) AS after_mark)) END
+      FROM unnest(CAST(%(tags)s AS float8[]), CAST(%(ids)s AS text[]),
+                  CAST(%(mark_tags)s AS float8[]), CAST(%(mark_ids)s AS text[]),
+                  CAST(%(before)s AS int[]))
            WITH ORDINALITY AS a(tag, id, mark_tag, mark_id, before, n),
            LATERAL (SELECT count(*) AS tasks
                       FROM (SELECT 1 FROM tasks
                              WHERE status = 'pending' AND (fair_tag, id) < (a.tag, a.id)
                                AND fair_tag >= (SELECT behind FROM clock)
-                             LIMIT :near) AS first) AS near
+                             LIMIT %(near)s) AS first) AS near
      ORDER BY n
-""")
+"""
 
-_MARKS = text("""
+_MARKS = """
     SELECT fair_tag, id
       FROM (SELECT fair_tag, id, row_number() OVER (ORDER BY fair_tag, id) AS number
               FROM tasks
              WHERE status = 'pending'
-               AND fair_tag >= (SELECT virtual_now - :behind FROM fair_clock)
-             ORDER BY fair_tag, id LIMIT :at_most + 1) AS first
-     WHERE number % :near = 1 AND number > 1
+               AND fair_tag >= (SELECT virtual_now - %(behind)s FROM fair_clock)
+             ORDER BY fair_tag, id LIMIT %(at_most)s + 1) AS first
+     WHERE number %% %(near)s = 1 AND number > 1
      ORDER BY number
-""")
+"""
 
 
 class Marks:
@@ -202,11 +204,11 @@ class Marks:
         self._looked_at = float("-inf")
 
     def before(
-        self, session: Session, asked: Sequence[tuple[float, str]], at_most: int
+        self, database: Driver, asked: Sequence[tuple[float, str]], at_most: int
     ) -> list[tuple[int, tuple[float, str]]]:
         """For each (fair tag, id) the last mark that is no later, and how many wait before it."""
         if time.monotonic() - self._looked_at > MARKS_S:
-            rows = session.execute(_MARKS, {"near": NEAR, "at_most": at_most, "behind": BEHIND})
+            rows = database.execute(_MARKS, {"near": NEAR, "at_most": at_most, "behind": BEHIND})
             self._marks = [(tag, task_id) for tag, task_id in rows]
             self._looked_at = time.monotonic()
         first = float("-inf"), ""
@@ -218,14 +220,14 @@ class Marks:
 _marks = Marks()
 
 
-def places(session: Session, asked: Sequence[tuple[float, str]], at_most: int) -> list[int]:
+def places(database: Driver, asked: Sequence[tuple[float, str]], at_most: int) -> list[int]:
     """How many tasks wait before each (fair tag, id), counted no further than `at_most`.
 
     Fewer than NEAR are counted; more are as the marks know it. What came back and waits far behind
     virtual time is not counted, and is itself the next.
     """
-    marked = _marks.before(session, asked, at_most)
-    counted = session.scalars(
+    marked = _marks.before(database, asked, at_most)
+    counted = database.execute(
         _PLACES,
         {
             "tags": [tag for tag, _ in asked],
@@ -238,4 +240,4 @@ def places(session: Session, asked: Sequence[tuple[float, str]], at_most: int) -
             "behind": BEHIND,
         },
     )
-    return list(counted)
+    return [place for (place,) in counted]

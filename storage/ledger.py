@@ -14,10 +14,7 @@ from decimal import Decimal
 from typing import Any
 
 from sqlalchemy import (
-    ARRAY,
     CTE,
-    Text,
-    bindparam,
     func,
     insert,
     literal,
@@ -30,6 +27,7 @@ from sqlalchemy.orm import Session
 
 from storage import fairness
 from storage.backlog import backlog
+from storage.database import driver
 from storage.errors import (
     AccountNotFound,
     AccountSuspended,
@@ -40,7 +38,7 @@ from storage.errors import (
     WouldOverdraw,
     WouldOverflow,
 )
-from storage.models import Account, ApiKey, EntryKind, FairClock, LedgerEntry, TaskStatus
+from storage.models import Account, ApiKey, EntryKind, LedgerEntry, TaskStatus
 
 BALANCE_MAX = Decimal(10**12 - 1)
 """Credits on one account: what the column holds."""
@@ -85,28 +83,16 @@ def lock(session: Session, account_ids: Collection[str]) -> Locked:
     They are locked in the order of their ids, so that no two callers wait for each other.
     """
     backlog.look(session)
-    rows = session.execute(_LOCK, {"ids": list(account_ids)}).all()
+    rows = driver(session).execute(_LOCK, [list(account_ids)]).fetchall()
     purses = {row[0]: Purse(*row[3:]) for row in rows}
     return Locked(purses, rows[-1][1], rows[-1][2])
 
 
-_LOCK = (
-    select(
-        Account.id,
-        select(FairClock.virtual_now).scalar_subquery(),
-        func.clock_timestamp(),
-        Account.suspended,
-        Account.user_group,
-        Account.balance,
-        Account.reserved,
-        Account.unfinished,
-        Account.unfinished_max,
-        Account.virtual_finish,
-    )
-    .where(Account.id == func.any(bindparam("ids", type_=ARRAY(Text))))
-    .order_by(Account.id)
-    .with_for_update(of=Account, key_share=True)
-)
+_LOCK = """
+    SELECT id, (SELECT virtual_now FROM fair_clock), clock_timestamp(), suspended, user_group,
+           balance, reserved, unfinished, unfinished_max, virtual_finish
+      FROM accounts WHERE id = ANY(%s) ORDER BY id FOR NO KEY UPDATE OF accounts
+"""
 
 
 def reserve(
@@ -140,26 +126,26 @@ def write(session: Session, locked: Locked) -> None:
     held = {account_id: purse for account_id, purse in locked.purses.items() if purse.tasks}
     if not held:
         return
-    session.execute(
+    purses = held.values()
+    driver(session).execute(
         _WRITE,
-        {
-            "ids": list(held),
-            "reserved": [purse.reserved for purse in held.values()],
-            "unfinished": [purse.unfinished for purse in held.values()],
-            "virtual_finish": [purse.virtual_finish for purse in held.values()],
-        },
+        [
+            list(held),
+            [purse.reserved for purse in purses],
+            [purse.unfinished for purse in purses],
+            [purse.virtual_finish for purse in purses],
+        ],
     )
 
 
-_WRITE = text("""
+_WRITE = """
     UPDATE accounts
        SET reserved = held.reserved, unfinished = held.unfinished,
            virtual_finish = held.virtual_finish
-      FROM unnest(CAST(:ids AS text[]), CAST(:reserved AS numeric[]),
-                  CAST(:unfinished AS int[]), CAST(:virtual_finish AS float8[]))
-           AS held(id, reserved, unfinished, virtual_finish)
+      FROM unnest(CAST(%s AS text[]), CAST(%s AS numeric[]), CAST(%s AS int[]),
+                  CAST(%s AS float8[])) AS held(id, reserved, unfinished, virtual_finish)
      WHERE accounts.id = held.id
-""")
+"""
 
 
 def _refusal(purse: Purse, price: Decimal, tasks: int) -> ServiceError | None:

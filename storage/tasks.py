@@ -19,12 +19,11 @@ from functools import lru_cache
 from typing import Any
 
 import orjson
+from psycopg.rows import dict_row
 from sqlalchemy import (
-    ARRAY,
     CTE,
     ColumnElement,
     Executable,
-    Text,
     bindparam,
     func,
     select,
@@ -36,7 +35,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from storage import deliveries, fairness, idempotency, ledger
-from storage.database import from_now
+from storage.database import Driver, driver, from_now
 from storage.errors import (
     IdempotencyConflict,
     NotPending,
@@ -235,9 +234,9 @@ _NEW = (
     " created_at"
 )
 """The columns of a new task, which `_row` has as well; in all others it has nothing."""
-_INSERT = text(
+_INSERT = (
     f"INSERT INTO tasks ({_NEW}) SELECT {_NEW}"  # noqa: S608 - names of ours
-    " FROM json_populate_recordset(CAST(NULL AS tasks), CAST(:rows AS json))"
+    " FROM json_populate_recordset(CAST(NULL AS tasks), CAST(%s AS json))"
 )
 
 
@@ -247,14 +246,16 @@ def _insert(session: Session, rows: list[dict[str, Any]]) -> Sequence[Task]:
     As JSON they are one parameter of one statement, however many they are.
     """
     if rows:
-        session.execute(_INSERT, {"rows": orjson.dumps(rows, default=str).decode()})
+        driver(session).execute(_INSERT, [orjson.dumps(rows, default=str).decode()])
     return [_as_loaded(row) for row in rows]
 
 
 def _as_loaded(row: Mapping[str, Any]) -> Task:
     """A task as it is in the database. `Task(**row)` would note each value as a change to write."""
     task = Task()
-    vars(task).update(row)
+    vars(task).update(
+        row, status=TaskStatus(row["status"]), image_format=ImageFormat(row["image_format"])
+    )
     return task
 
 
@@ -527,16 +528,17 @@ def overdue(session: Session, limit: int) -> list[str]:
     return list(rows)
 
 
-# An array, so that it is the same statement for any number of ids.
-_BY_IDS = select(Task).where(
-    Task.id == func.any(bindparam("ids", type_=ARRAY(Text))), Task.erased_at.is_(None)
+_BY_IDS = (
+    f"SELECT {', '.join(Task.__table__.c.keys())}"  # noqa: S608 - names of ours
+    " FROM tasks WHERE id = ANY(%s) AND erased_at IS NULL"
 )
 
 
-def find_many(session: Session, asked: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Task]:
+def find_many(database: Driver, asked: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Task]:
     """Tasks by (account id, task id); one that is another account's, or erased, is not found."""
-    rows = session.scalars(_BY_IDS, {"ids": [task_id for _, task_id in asked]})
-    found = {(task.account_id, task.id): task for task in rows}
+    ids = [task_id for _, task_id in asked]
+    rows = database.cursor(row_factory=dict_row).execute(_BY_IDS, [ids])
+    found = {(task.account_id, task.id): task for task in map(_as_loaded, rows)}
     return {key: found[key] for key in asked if key in found}
 
 

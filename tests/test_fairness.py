@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import update
 
 from storage import backlog, fairness, tasks
-from storage.database import transaction
+from storage.database import driver, transaction
 from storage.models import ImageFormat, Task, TaskStatus
 
 if TYPE_CHECKING:
@@ -125,9 +125,9 @@ def test_a_place_deep_in_the_queue_is_counted_from_the_nearest_mark(
         asked = sorted((task.fair_tag, task.id) for task in waiting)
         # In any order, and with and without marks.
         for at in (2 * fairness.NEAR + 7, fairness.NEAR, fairness.NEAR - 1, 0):
-            assert fairness.places(session, [asked[at]], at_most=10_000) == [at]
-        everybody = fairness.places(session, asked, at_most=10_000)
-        bounded = fairness.places(session, asked, at_most=250)
+            assert fairness.places(driver(session), [asked[at]], at_most=10_000) == [at]
+        everybody = fairness.places(driver(session), asked, at_most=10_000)
+        bounded = fairness.places(driver(session), asked, at_most=250)
 
     assert everybody == list(range(len(asked)))
     assert bounded == [min(250, place) for place in range(len(asked))]
