@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from storage import queue
+from storage.logs import Behind
 from storage.models import Task
 
 if TYPE_CHECKING:
@@ -401,3 +404,35 @@ def test_the_example_of_each_body_is_one_that_works(
         tried.add(path)
 
     assert {"/api/generate", "/v1/images/generations", "/admin/accounts"} <= tried
+
+
+def test_lines_that_are_written_behind_come_whole_and_in_order() -> None:
+    file = io.StringIO()
+    behind = Behind(file)
+
+    def write(thread: int) -> None:
+        for number in range(500):
+            behind.write(f"{thread} {number}\n")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    behind.drain()
+
+    lines = [line.split() for line in file.getvalue().splitlines()]
+    assert len(lines) == 2000
+    for thread in range(4):
+        assert [int(n) for t, n in lines if t == str(thread)] == list(range(500))
+
+
+def test_a_log_that_nobody_reads_any_more_stops_nobody() -> None:
+    class Broken(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    behind = Behind(Broken())
+    behind.write("a line\n")
+    behind.drain()
+    behind.write("and another\n")
+    behind.drain()
+
+    assert not behind._lines
