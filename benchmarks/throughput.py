@@ -114,9 +114,7 @@ def _tell_speed(full: Loads) -> None:
         ratios = [a.per_s / b.per_s for a, b in zip(full[kind], full[constant], strict=True)]
         figures.tell(
             Figure(
-                f"{kind}s per second / constant".replace(" accounts", "").replace(
-                    "one account", "1"
-                ),
+                f"{kind}, per second / constant",
                 statistics.median(ratios),
                 goal,
                 detail=f"{_median(full[kind]):.0f} / {_median(full[constant]):.0f} per second",
