@@ -26,7 +26,7 @@ from benchmarks.report import ROOT
 MODULES = ("throughput", "life")
 ROUNDS = 3
 TOLERANCE = 0.10
-"""Figures of the same revision differ by less, as medians of three rounds."""
+"""A median of three rounds that is worse by more is told; an assumption, on a quiet machine."""
 
 EXTRAS = "worker,local"
 

@@ -27,7 +27,7 @@ CREDITS = 10**9
 STEP_S = 0.0
 START_TIMEOUT_S = 60
 SETTLE_TIMEOUT_S = 60
-PASSING = ("zimage:limits", "zimage:workers", "rq:")
+PASSING = ("zimage:limit:", "zimage:workers", "rq:")
 """How the keys in Redis begin that come and go with time or with workers. A bell too many is no
 work, and one for work would have its row."""
 COUNTED = "SELECT '{table}', count(*), coalesce(sum({row}), 0) FROM {table}"

@@ -34,7 +34,6 @@ SERVICE = (
     "fastapi_offline",
     "httpcore",
     "httpx",
-    "limits",
     "orjson",
     "prometheus_client",
     "psutil",
