@@ -62,8 +62,8 @@ def dialect_router(render_error: RenderError, admit: Admit | None = None) -> API
                 try:
                     if admit is not None:
                         request.state.caller = await admit(request)
-                    bounded = await _with_bounded_body(request)
-                    return await handle(bounded if direct is None else request)
+                    request.state.body = await _bounded_body(request)
+                    return await handle(_unread(request) if direct is None else request)
                 except RequestValidationError as error:
                     return render_error(_first_fault(error))
                 except HTTPException as error:  # a body that is not JSON in some uncommon way
@@ -151,9 +151,9 @@ def close(routers: Sequence[APIRouter], prefix: str, render_error: RenderError) 
     return rest
 
 
-async def _with_bounded_body(request: Request) -> Request:
-    """The request with its body read. Raises: PayloadTooLarge."""
-    body = b""
+async def _bounded_body(request: Request) -> bytes:
+    """Raises: PayloadTooLarge, ClientDisconnect."""
+    body = bytearray()
     more = True
     while more:
         message = await request.receive()
@@ -164,7 +164,11 @@ async def _with_bounded_body(request: Request) -> Request:
         if len(body) > BODY_MAX_BYTES:
             raise PayloadTooLarge(f"The request body is longer than {BODY_MAX_BYTES} bytes")
 
-    request.state.body = body
+    return bytes(body)
+
+
+def _unread(request: Request) -> Request:
+    """The request as FastAPI wants it: with a body that can still be read."""
     unread = [request.state.body]
 
     async def receive() -> Message:
