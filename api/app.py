@@ -83,7 +83,7 @@ def create_app() -> FastAPI:
     app.state.admission = Admission()
     app.state.submissions = Batcher(batching.submit)
     app.state.reads = Batcher(batching.find)
-    app.state.waiting = Waiting(app.state.reads, Batcher(batching.places))
+    app.state.waiting = Waiting(app.state.reads)
 
     for path, look, summary in (
         ("/health", health, "The process lives"),

@@ -139,10 +139,16 @@ class Admission:
         return credential
 
 
-def _find_keys(digests: Sequence[bytes]) -> list[Credential | ServiceError]:
-    with transaction() as session:
-        found = accounts.authenticate(session, digests)
+async def _find_keys(digests: Sequence[bytes]) -> list[Credential | ServiceError]:
+    found, used = await accounts.authenticate(digests)
+    if used:
+        await run_in_threadpool(_note_use, used)
     return [found.get(digest) or Unauthenticated() for digest in digests]
+
+
+def _note_use(key_ids: Sequence[str]) -> None:
+    with transaction() as session:
+        accounts.note_use(session, key_ids)
 
 
 async def _find_account(account_id: str) -> Credential:

@@ -6,14 +6,16 @@ is, the more requests share a round trip and a disk flush.
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, TypeVar
+from inspect import iscoroutinefunction
+from typing import Any, Generic, TypeVar
 
-from storage import fairness, queue, tasks
-from storage.database import look, transaction
+from storage import queue, tasks
+from storage.database import transaction
+from storage.driver import on_loop
 from storage.errors import ServiceError, ServiceUnavailable, TaskNotFound
-from storage.models import Task
+from storage.tasks import State
 
 BATCH_MAX = 256
 """Requests in one batch: bounds the size of a statement, and how long it locks its accounts."""
@@ -24,17 +26,20 @@ In = TypeVar("In")
 Out = TypeVar("Out")
 
 
+Outcomes = Sequence[Out | ServiceError]
+Work = Callable[[Sequence[In]], Outcomes[Out] | Awaitable[Outcomes[Out]]]
+
+
 class Batcher(Generic[In, Out]):
     """Gathers single requests into batches; each caller gets its own answer or its own error.
 
     `work` takes a batch and returns one outcome for each item, in order: an answer, or the error
-    to raise. It runs in a thread of its own, one batch at a time.
+    to raise. A plain function has a thread of its own; either kind works on one batch at a time.
     """
 
-    def __init__(self, work: Callable[[Sequence[In]], Sequence[Out | ServiceError]]) -> None:
-        self._work = work
+    def __init__(self, work: Work[In, Out]) -> None:
+        self._work = work if iscoroutinefunction(work) else _in_thread(work)
         self._waiting: deque[tuple[In, asyncio.Future[Out]]] = deque()
-        self._thread = ThreadPoolExecutor(1)
         self._running: asyncio.Task[None] | None = None
 
     async def add(self, item: In) -> Out:
@@ -60,12 +65,8 @@ class Batcher(Generic[In, Out]):
             self._running = None
 
     async def _answer(self, batch: list[tuple[In, asyncio.Future[Out]]]) -> None:
-        loop = asyncio.get_running_loop()
-        items = [item for item, _ in batch]
         try:
-            outcomes: Sequence[Out | Exception] = await loop.run_in_executor(
-                self._thread, self._work, items
-            )
+            outcomes: Sequence[Out | Exception] = await self._work([item for item, _ in batch])
         except ServiceError as error:  # true for all of them, as when the database is away
             outcomes = [error] * len(batch)
         except Exception as error:
@@ -83,23 +84,31 @@ class Batcher(Generic[In, Out]):
                 future.set_result(outcome)
 
 
-def submit(batch: Sequence[tasks.Submission]) -> list[tasks.Outcome]:
+def _in_thread(work: Callable[[Any], Any]) -> Callable[[Any], Awaitable[Any]]:
+    thread = ThreadPoolExecutor(1)
+
+    async def work_there(batch: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(thread, work, batch)
+
+    return work_there
+
+
+async def submit(batch: Sequence[tasks.Submission]) -> list[tasks.Outcome]:
     """Reserve, insert and enqueue a batch; each submission gets its own tasks or its own error."""
-    with transaction() as session:
-        outcomes = tasks.submit_many(session, batch)
+    outcomes = await on_loop(_commit, batch)
     fresh = (made for made in outcomes if isinstance(made, tasks.Submitted) and not made.replayed)
-    queue.ring(sum(len(made.tasks) for made in fresh))
+    times = sum(len(made.tasks) for made in fresh)
+    if times and not queue.is_full():
+        await asyncio.to_thread(queue.ring, times)
     return outcomes
 
 
-def find(batch: Sequence[tuple[str, str]]) -> list[Task | ServiceError]:
+def _commit(batch: Sequence[tasks.Submission]) -> list[tasks.Outcome]:
+    with transaction() as session:
+        return tasks.submit_many(session, batch)
+
+
+async def find(batch: Sequence[tuple[str, str]]) -> list[State | ServiceError]:
     """The tasks of a batch of (account id, task id)."""
-    with look() as database:
-        found = tasks.find_many(database, batch)
+    found = await tasks.find_many(batch)
     return [found.get(asked) or TaskNotFound() for asked in batch]
-
-
-def places(batch: Sequence[tuple[float, str]]) -> list[int]:
-    """How many tasks wait before each of a batch of (fair tag, id)."""
-    with look() as database:
-        return fairness.places(database, batch, at_most=tasks.WAITING_COUNT_MAX)

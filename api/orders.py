@@ -35,7 +35,7 @@ from storage.errors import (
     TaskNotFound,
 )
 from storage.models import Account, Task, TaskStatus
-from storage.tasks import ImageRequest, Submission, Submitted
+from storage.tasks import ImageRequest, State, Submission, Submitted
 
 DEADLINE_MARGIN_S = 5
 """A held caller's tasks are cancelled by the repairs this long after the caller should have been
@@ -185,20 +185,30 @@ async def find(request: Request, caller: Credential, task_id: str) -> Task:
 
     Raises: TaskNotFound, ModelAccessDenied.
     """
-    task = await find_now(request, caller, task_id)
-    (task,) = await _as_preferred(request, caller, [task], preferences.read_wait(request))
-    return task
+    return (await find_state(request, caller, task_id)).task
 
 
-async def find_now(request: Request, caller: Credential, task_id: str) -> Task:
+async def find_state(request: Request, caller: Credential, task_id: str) -> State:
+    """As `find`, with its place in the queue. Raises: TaskNotFound, ModelAccessDenied."""
+    state = await find_now(request, caller, task_id)
+    wait_s = preferences.read_wait(request)
+    if wait_s is None:
+        return state
+    (task,) = await _as_preferred(request, caller, [state.task], wait_s)
+    return (
+        State(task, None) if task.status.is_terminal else await find_now(request, caller, task_id)
+    )
+
+
+async def find_now(request: Request, caller: Credential, task_id: str) -> State:
     """The caller's own task as it is. Raises: TaskNotFound, ModelAccessDenied."""
     if not tasks.is_id(task_id):
         raise TaskNotFound
-    reads: Batcher[tuple[str, str], Task] = request.app.state.reads
-    task = await reads.add((caller.account_id, task_id))
-    if not caller.may_use(task.model):
-        raise ModelAccessDenied(task.model)
-    return task
+    reads: Batcher[tuple[str, str], State] = request.app.state.reads
+    state = await reads.add((caller.account_id, task_id))
+    if not caller.may_use(state.task.model):
+        raise ModelAccessDenied(state.task.model)
+    return state
 
 
 async def cancel(

@@ -18,9 +18,9 @@ from starlette.requests import Request
 
 from api.batching import Batcher
 from api.settings import settings
-from storage import queue
 from storage.accounts import Credential
 from storage.errors import RateLimited
+from storage.scripts import Script
 
 WRONG_KEYS_WINDOW_S = 60
 ADDRESSES_MAX = 100_000
@@ -128,7 +128,7 @@ class RateLimiter:
     """Exact moving windows. A key whose `requests_per_minute` is None is not limited at all."""
 
     def __init__(self) -> None:
-        self._script = queue.connection.register_script(_COUNT)
+        self._script = Script(_COUNT)
         self._windows: Batcher[Window, Counted | None] = Batcher(self._count_all)
 
     async def count_create(self, credential: Credential) -> Headers:
@@ -157,13 +157,12 @@ class RateLimiter:
             raise RateLimited(counted.reset_s, headers)
         return headers
 
-    def _count_all(self, windows: Sequence[Window]) -> Sequence[Counted | None]:
+    async def _count_all(self, windows: Sequence[Window]) -> Sequence[Counted | None]:
         """One round trip for all that arrived during the last; None for each without Redis."""
         keys = [f"zimage:limit:{window.key}" for window in windows]
         limits = [number for window in windows for number in (window.limit, window.seconds)]
         try:
-            with queue.asking():
-                told: bytes = self._script(keys, limits)
+            told: bytes = await self._script.run(keys, limits)
         except RedisError as error:
             logger.warning("rate_limit.redis_away", error=str(error))
             return [None] * len(windows)

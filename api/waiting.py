@@ -19,7 +19,8 @@ from redis.exceptions import RedisError
 from api.batching import Batcher
 from storage import events
 from storage.errors import ServiceUnavailable
-from storage.models import Task, TaskStatus
+from storage.models import Task
+from storage.tasks import State
 
 LOOK_S = 15.0
 AWAY_LOOK_S = 1.0
@@ -46,24 +47,9 @@ class Watch:
     moved: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-@dataclass(frozen=True, slots=True)
-class State:
-    """A task as it is now; `place` is the number of tasks before it, None once it has left."""
-
-    task: Task
-    place: int | None
-
-    def key(self) -> tuple[object, ...]:
-        """Differs where there is news."""
-        return self.task.status, self.task.progress, self.place
-
-
 class Waiting:
-    def __init__(
-        self, reads: Batcher[tuple[str, str], Task], places: Batcher[tuple[float, str], int]
-    ) -> None:
+    def __init__(self, reads: Batcher[tuple[str, str], State]) -> None:
         self._reads = reads
-        self._places = places
         self._watches: defaultdict[str, set[Watch]] = defaultdict(set)
         self._count = 0
         self._ear: asyncio.Task[None] | None = None
@@ -92,7 +78,7 @@ class Waiting:
                 watch.moved.clear()
                 try:
                     looks = (self._reads.add((account_id, task_id)) for task_id in unfinished)
-                    found |= {task.id: task for task in await asyncio.gather(*looks)}
+                    found |= {state.task.id: state.task for state in await asyncio.gather(*looks)}
                 except ServiceUnavailable:
                     if len(found) < len(task_ids) or loop.time() >= until:
                         raise
@@ -126,15 +112,9 @@ class Waiting:
     async def _look(self, account_id: str, task_id: str) -> State | None:
         """None while the database is away: whoever waits goes on waiting."""
         try:
-            return await self.state(await self._reads.add((account_id, task_id)))
+            return await self._reads.add((account_id, task_id))
         except ServiceUnavailable:
             return None
-
-    async def state(self, task: Task) -> State:
-        """`task` with its place in the queue."""
-        if task.status is not TaskStatus.PENDING:
-            return State(task, None)
-        return State(task, await self._places.add((task.fair_tag, task.id)))
 
     def is_watched(self, task_id: str) -> bool:
         """Whether somebody here waits for this task."""

@@ -6,6 +6,7 @@ of its own and each on a connection of its own: first alone, then beside the rep
 million in the batches that the courier uses. Who waits for a lock is looked at all the while.
 """
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -143,12 +144,13 @@ def _fill(engine: Engine, account_id: str, key_id: str) -> float:
 def _traffic(account_id: str, key_id: str, latencies: Latencies) -> Iterator[None]:
     """Creates, claims and reads, until the block ends."""
     from storage import tasks
-    from storage.database import driver, transaction
+    from storage.database import transaction
     from storage.models import ImageFormat
     from storage.tasks import Filter, ImageRequest, Submission
 
     image = ImageRequest("a cat", 1024, 1024, ImageFormat.PNG)
     made: list[str] = []
+    loop = asyncio.new_event_loop()
 
     def create() -> None:
         with transaction() as session:
@@ -163,8 +165,7 @@ def _traffic(account_id: str, key_id: str, latencies: Latencies) -> Iterator[Non
             tasks.claim_next(session, "benchmark")
 
     def read() -> None:
-        with transaction() as session:
-            tasks.find_many(driver(session), [(account_id, made[-1] if made else str(uuid4()))])
+        loop.run_until_complete(tasks.find_many([(account_id, made[-1] if made else str(uuid4()))]))
 
     def page() -> None:
         with transaction() as session:
@@ -189,6 +190,7 @@ def _traffic(account_id: str, key_id: str, latencies: Latencies) -> Iterator[Non
         stopping.set()
         for thread in threads:
             thread.join()
+        loop.close()
 
 
 @contextmanager

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from sqlalchemy import func, or_, select, tuple_, update
+from sqlalchemy import func, select, tuple_, update
 from sqlalchemy.orm import Session
 
+from storage import reads
 from storage.errors import AccountNotFound, KeyNotFound
 from storage.models import Account, ApiKey
 from storage.sealing import reseal, seal
@@ -204,41 +205,47 @@ def keys(
     return session.scalars(query).all()
 
 
-def authenticate(session: Session, digests: Collection[bytes]) -> dict[bytes, Credential]:
-    """The credentials of those keys that are valid now, by digest; notes that they were used."""
-    valid = (
-        ApiKey.secret_sha256.in_(digests),
-        ApiKey.revoked_at.is_(None),
-        or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > func.clock_timestamp()),
-    )
-    found = session.execute(
-        select(ApiKey, Account.suspended)
-        .join(Account, Account.id == ApiKey.account_id)
-        .where(*valid)
-    ).all()
-    used_before = datetime.now(UTC) - timedelta(seconds=LAST_USE_S)
-    stale = [key.id for key, _ in found if (key.last_used_at or used_before) <= used_before]
-    if stale:
-        # Skipped where another process is just doing the same: the note need not be exact.
-        free = select(ApiKey.id).where(ApiKey.id.in_(stale)).with_for_update(skip_locked=True)
-        session.execute(
-            update(ApiKey)
-            .where(ApiKey.id.in_(free))
-            .values(last_used_at=func.clock_timestamp())
-            .execution_options(synchronize_session=False)
+_VALID = """
+    SELECT secret_sha256, api_keys.id, account_id, admin, suspended, models, requests_per_minute,
+           expires_at,
+           coalesce(last_used_at < clock_timestamp() - make_interval(secs => %s), true) AS stale
+      FROM api_keys JOIN accounts ON accounts.id = account_id
+     WHERE secret_sha256 = ANY(%s) AND revoked_at IS NULL
+       AND (expires_at IS NULL OR expires_at > clock_timestamp())
+"""
+
+
+async def authenticate(
+    digests: Collection[bytes],
+) -> tuple[dict[bytes, Credential], list[str]]:
+    """The credentials of those keys that are valid now, by digest; and the ids of those for which
+    `note_use` is due.
+    """
+    found = await reads.rows(_VALID, [LAST_USE_S, list(digests)])
+    credentials = {
+        row["secret_sha256"]: Credential(
+            key_id=row["id"],
+            account_id=row["account_id"],
+            admin=row["admin"],
+            suspended=row["suspended"],
+            models=None if row["models"] is None else frozenset(row["models"]),
+            requests_per_minute=row["requests_per_minute"],
+            expires_at=row["expires_at"],
         )
-    return {
-        key.secret_sha256: Credential(
-            key_id=key.id,
-            account_id=key.account_id,
-            admin=key.admin,
-            suspended=suspended,
-            models=None if key.models is None else frozenset(key.models),
-            requests_per_minute=key.requests_per_minute,
-            expires_at=key.expires_at,
-        )
-        for key, suspended in found
+        for row in found
     }
+    return credentials, [row["id"] for row in found if row["stale"]]
+
+
+def note_use(session: Session, key_ids: Collection[str]) -> None:
+    """These keys were used now; skipped where somebody is just noting the same."""
+    free = select(ApiKey.id).where(ApiKey.id.in_(key_ids)).with_for_update(skip_locked=True)
+    session.execute(
+        update(ApiKey)
+        .where(ApiKey.id.in_(free))
+        .values(last_used_at=func.clock_timestamp())
+        .execution_options(synchronize_session=False)
+    )
 
 
 def keyless(session: Session, account_id: str) -> Credential:

@@ -12,7 +12,8 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from storage import ledger
-from storage.database import Impatient, transaction
+from storage.database import transaction
+from storage.driver import Impatient
 from storage.models import BooksCheck, TaskStatus
 
 CHECK_S = 300.0

@@ -9,13 +9,12 @@ Source: Goyal, Vin, Cheng, "Start-time Fair Queuing", SIGCOMM 1996.
 """
 
 import time
-from bisect import bisect_right
-from collections.abc import Sequence
+from typing import Any
 
 from sqlalchemy import CTE, ColumnElement, Select, bindparam, func, or_, select, text
 from sqlalchemy.orm import Session
 
-from storage.database import Driver
+from storage import reads
 from storage.models import FairClock, Task
 from storage.settings import settings
 
@@ -160,24 +159,30 @@ NEAR = 100
 MARKS_S = 1.0
 """How old the marks may be."""
 
-_PLACES = """
-    WITH clock AS MATERIALIZED (SELECT virtual_now - %(behind)s AS behind FROM fair_clock)
-    SELECT CASE WHEN near.tasks < %(near)s THEN near.tasks
-           ELSE greatest(%(near)s, a.before + (
-               SELECT count(*) FROM (SELECT 1 FROM tasks
-                                      WHERE status = 'pending' AND (fair_tag, id) < (a.tag, a.id)
-                                        AND (fair_tag, id) >= (a.mark_tag, a.mark_id)
-                                      LIMIT %(at_most)s - a.before) AS after_mark)) END
-      FROM unnest(CAST(%(tags)s AS float8[]), CAST(%(ids)s AS text[]),
-                  CAST(%(mark_tags)s AS float8[]), CAST(%(mark_ids)s AS text[]),
-                  CAST(%(before)s AS int[]))
-           WITH ORDINALITY AS a(tag, id, mark_tag, mark_id, before, n),
-           LATERAL (SELECT count(*) AS tasks
-                      FROM (SELECT 1 FROM tasks
-                             WHERE status = 'pending' AND (fair_tag, id) < (a.tag, a.id)
-                               AND fair_tag >= (SELECT behind FROM clock)
-                             LIMIT %(near)s) AS first) AS near
-     ORDER BY n
+PLACE = """
+    (SELECT CASE WHEN near.tasks < %(near)s THEN near.tasks
+            ELSE greatest(%(near)s, mark.before + (
+                SELECT count(*)
+                  FROM (SELECT 1 FROM tasks
+                         WHERE status = 'pending' AND (fair_tag, id) < (task.fair_tag, task.id)
+                           AND (fair_tag, id) >= (mark.tag, mark.id)
+                         LIMIT %(at_most)s - mark.before) AS after_mark)) END
+       FROM (SELECT count(*) AS tasks
+               FROM (SELECT 1 FROM tasks
+                      WHERE status = 'pending' AND (fair_tag, id) < (task.fair_tag, task.id)
+                        AND fair_tag >= (SELECT virtual_now - %(behind)s FROM fair_clock)
+                      LIMIT %(near)s) AS first) AS near,
+            LATERAL (SELECT least(n * %(near)s, %(at_most)s)::int AS before, tag, id
+                       FROM unnest(%(mark_tags)s::float8[], %(mark_ids)s::text[])
+                            WITH ORDINALITY AS marked(tag, id, n)
+                      WHERE near.tasks = %(near)s AND (tag, id) <= (task.fair_tag, task.id)
+                      UNION ALL SELECT 0, '-infinity', ''
+                      ORDER BY before DESC LIMIT 1) AS mark)
+"""
+"""How many tasks wait before the row `task`, which waits itself; its parameters are `marked`'s.
+
+Fewer than NEAR are counted; more are as the marks know it. What came back and waits far behind
+virtual time is not counted, and is itself the next.
 """
 
 _MARKS = """
@@ -200,44 +205,18 @@ class Marks:
     """
 
     def __init__(self) -> None:
-        self._marks: list[tuple[float, str]] = []
+        self._tags = self._ids = "{}"
         self._looked_at = float("-inf")
 
-    def before(
-        self, database: Driver, asked: Sequence[tuple[float, str]], at_most: int
-    ) -> list[tuple[int, tuple[float, str]]]:
-        """For each (fair tag, id) the last mark that is no later, and how many wait before it."""
+    async def marked(self, at_most: int) -> dict[str, Any]:
+        """The parameters of `PLACE`, which counts no further than `at_most`."""
+        bounds = {"near": min(NEAR, at_most), "at_most": at_most, "behind": BEHIND}
         if time.monotonic() - self._looked_at > MARKS_S:
-            rows = database.execute(_MARKS, {"near": NEAR, "at_most": at_most, "behind": BEHIND})
-            self._marks = [(tag, task_id) for tag, task_id in rows]
-            self._looked_at = time.monotonic()
-        first = float("-inf"), ""
-        marks = [first, *self._marks]
-        numbers = [bisect_right(marks, each) - 1 for each in asked]
-        return [(min(number * NEAR, at_most), marks[number]) for number in numbers]
+            self._looked_at = time.monotonic()  # before the look, so that one of many takes it
+            marks = await reads.rows(_MARKS, bounds)
+            self._tags = f"{{{','.join(repr(row['fair_tag']) for row in marks)}}}"
+            self._ids = f"{{{','.join(row['id'] for row in marks)}}}"
+        return bounds | {"mark_tags": self._tags, "mark_ids": self._ids}
 
 
-_marks = Marks()
-
-
-def places(database: Driver, asked: Sequence[tuple[float, str]], at_most: int) -> list[int]:
-    """How many tasks wait before each (fair tag, id), counted no further than `at_most`.
-
-    Fewer than NEAR are counted; more are as the marks know it. What came back and waits far behind
-    virtual time is not counted, and is itself the next.
-    """
-    marked = _marks.before(database, asked, at_most)
-    counted = database.execute(
-        _PLACES,
-        {
-            "tags": [tag for tag, _ in asked],
-            "ids": [task_id for _, task_id in asked],
-            "mark_tags": [tag for _, (tag, _) in marked],
-            "mark_ids": [task_id for _, (_, task_id) in marked],
-            "before": [before for before, _ in marked],
-            "near": min(NEAR, at_most),
-            "at_most": at_most,
-            "behind": BEHIND,
-        },
-    )
-    return [place for (place,) in counted]
+marks = Marks()

@@ -27,7 +27,7 @@ from sqlalchemy.orm import Session
 
 from storage import fairness
 from storage.backlog import backlog
-from storage.database import driver
+from storage.database import driver_of
 from storage.errors import (
     AccountNotFound,
     AccountSuspended,
@@ -83,7 +83,7 @@ def lock(session: Session, account_ids: Collection[str]) -> Locked:
     They are locked in the order of their ids, so that no two callers wait for each other.
     """
     backlog.look(session)
-    rows = driver(session).execute(_LOCK, [list(account_ids)]).fetchall()
+    rows = driver_of(session).execute(_LOCK, [list(account_ids)]).fetchall()
     purses = {row[0]: Purse(*row[3:]) for row in rows}
     return Locked(purses, rows[-1][1], rows[-1][2])
 
@@ -100,7 +100,7 @@ def reserve(
 ) -> Hold | ServiceError:
     """Hold `price` credits for each task of a request, or for none of them.
 
-    `costs` are the tasks' shares of a GPU in virtual time. What is held is written by `write`.
+    `costs` are the tasks' shares of a GPU in virtual time. What is held is written by `HOLD`.
 
     Errors: AccountSuspended, TooManyUnfinished, InsufficientCredits, BacklogFull.
     """
@@ -121,31 +121,27 @@ def reserve(
     return Hold(tags, purse.user_group)
 
 
-def write(session: Session, locked: Locked) -> None:
-    """Write what was reserved from all of the accounts, in one statement."""
-    held = {account_id: purse for account_id, purse in locked.purses.items() if purse.tasks}
-    if not held:
-        return
-    purses = held.values()
-    driver(session).execute(
-        _WRITE,
-        [
-            list(held),
-            [purse.reserved for purse in purses],
-            [purse.unfinished for purse in purses],
-            [purse.virtual_finish for purse in purses],
-        ],
-    )
-
-
-_WRITE = """
-    UPDATE accounts
-       SET reserved = held.reserved, unfinished = held.unfinished,
-           virtual_finish = held.virtual_finish
-      FROM unnest(CAST(%s AS text[]), CAST(%s AS numeric[]), CAST(%s AS int[]),
-                  CAST(%s AS float8[])) AS held(id, reserved, unfinished, virtual_finish)
-     WHERE accounts.id = held.id
+HOLD = """
+    held AS (UPDATE accounts
+                SET reserved = held.reserved, unfinished = held.unfinished,
+                    virtual_finish = held.virtual_finish
+               FROM unnest(%(held_ids)s::text[], %(held_reserved)s::numeric[],
+                           %(held_unfinished)s::int[], %(held_finish)s::float8[])
+                    AS held(id, reserved, unfinished, virtual_finish)
+              WHERE accounts.id = held.id)
 """
+"""A part of the statement that inserts the tasks: writes what was reserved from the accounts."""
+
+
+def held(locked: Locked) -> dict[str, Any]:
+    """The parameters of `HOLD`."""
+    purses = {account_id: purse for account_id, purse in locked.purses.items() if purse.tasks}
+    return {
+        "held_ids": list(purses),
+        "held_reserved": [purse.reserved for purse in purses.values()],
+        "held_unfinished": [purse.unfinished for purse in purses.values()],
+        "held_finish": [purse.virtual_finish for purse in purses.values()],
+    }
 
 
 def _refusal(purse: Purse, price: Decimal, tasks: int) -> ServiceError | None:

@@ -5,6 +5,7 @@ Losing one costs a delay, never a task: the repairs ring for what is still pendi
 BELLS_MAX are kept, however much waits: who finds none after a task looks at the rows.
 """
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -79,8 +80,17 @@ connection = connect()
 generate_queue = Queue(NAME, connection=connection, serializer=JSONSerializer)
 
 
+FULL_S = 0.1
+"""For how long a process believes that no bell is missing: workers take no BELLS_MAX in that."""
+
 _heard_of = 0
 """Jobs that waited when this process rang last."""
+_heard_at = float("-inf")
+
+
+def is_full() -> bool:
+    """Whether all bells that are kept hung a moment ago, so that to `ring` would change nothing."""
+    return _heard_of >= BELLS_MAX and time.monotonic() - _heard_at < FULL_S
 
 
 def ring(times: int) -> None:
@@ -89,13 +99,14 @@ def ring(times: int) -> None:
     Bells are alike: the claim decides on the task. What goes wrong is logged, not raised: the tasks
     are committed, and the repairs ring later.
     """
-    global _heard_of
+    global _heard_of, _heard_at
     if times < 1:
         return
     try:
         with asking():
             if _heard_of + times > BELLS_MAX:  # there, or not any longer
                 _heard_of = generate_queue.count
+            _heard_at = time.monotonic()
             if (fitting := min(times, BELLS_MAX - _heard_of)) > 0:
                 with connection.pipeline() as together:
                     generate_queue.enqueue_many([_job()] * fitting, pipeline=together)

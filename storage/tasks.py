@@ -19,7 +19,6 @@ from functools import lru_cache
 from typing import Any
 
 import orjson
-from psycopg.rows import dict_row
 from sqlalchemy import (
     CTE,
     ColumnElement,
@@ -34,8 +33,8 @@ from sqlalchemy import (
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.dml import ReturningUpdate
 
-from storage import deliveries, fairness, idempotency, ledger
-from storage.database import Driver, driver, from_now
+from storage import deliveries, fairness, idempotency, ledger, reads
+from storage.database import driver_of, from_now
 from storage.errors import (
     IdempotencyConflict,
     NotPending,
@@ -194,12 +193,11 @@ def _submit(session: Session, submissions: Sequence[Submission]) -> list[Outcome
         session, [(s.account_id, s.mark) for s in submissions if s.mark is not None], locked.now
     )
     admitted = [_admit(session, submission, locked, known) for submission in submissions]
-    ledger.write(session, locked)
     rows: list[dict[str, Any]] = []
     for submission, hold in zip(submissions, admitted, strict=True):
         if isinstance(hold, ledger.Hold):
             rows += _rows(submission, hold, locked.now)
-    inserted = iter(_insert(session, rows))
+    inserted = iter(_insert(session, rows, locked))
     outcomes: list[Outcome] = []
     remembered = []
     for submission, outcome in zip(submissions, admitted, strict=True):
@@ -235,18 +233,19 @@ _NEW = (
 )
 """The columns of a new task, which `_row` has as well; in all others it has nothing."""
 _INSERT = (
-    f"INSERT INTO tasks ({_NEW}) SELECT {_NEW}"  # noqa: S608 - names of ours
-    " FROM json_populate_recordset(CAST(NULL AS tasks), CAST(%s AS json))"
+    f"WITH {ledger.HOLD} INSERT INTO tasks ({_NEW}) SELECT {_NEW}"  # noqa: S608 - names of ours
+    " FROM json_populate_recordset(NULL::tasks, %(rows)s::json)"
 )
 
 
-def _insert(session: Session, rows: list[dict[str, Any]]) -> Sequence[Task]:
+def _insert(session: Session, rows: list[dict[str, Any]], locked: ledger.Locked) -> list[Task]:
     """The tasks as they were inserted: nothing of a new one is the database's choice.
 
     As JSON they are one parameter of one statement, however many they are.
     """
     if rows:
-        driver(session).execute(_INSERT, [orjson.dumps(rows, default=str).decode()])
+        written = {"rows": orjson.dumps(rows, default=str).decode()}
+        driver_of(session).execute(_INSERT, written | ledger.held(locked))
     return [_as_loaded(row) for row in rows]
 
 
@@ -528,17 +527,34 @@ def overdue(session: Session, limit: int) -> list[str]:
     return list(rows)
 
 
+@dataclass(frozen=True, slots=True)
+class State:
+    """A task as it is now; `place` is the number of tasks before it, None once it has left."""
+
+    task: Task
+    place: int | None
+
+    def key(self) -> tuple[object, ...]:
+        """Differs where there is news."""
+        return self.task.status, self.task.progress, self.place
+
+
+# The ids as one text: psycopg makes an array of a list one by one. None has a comma in it.
 _BY_IDS = (
-    f"SELECT {', '.join(Task.__table__.c.keys())}"  # noqa: S608 - names of ours
-    " FROM tasks WHERE id = ANY(%s) AND erased_at IS NULL"
+    f"SELECT {', '.join(Task.__table__.c.keys())},"  # noqa: S608 - names of ours
+    f" CASE WHEN status = 'pending' THEN {fairness.PLACE} END AS place FROM tasks AS task"
+    " WHERE id = ANY(string_to_array(%(ids)s, ',')) AND erased_at IS NULL"
 )
 
 
-def find_many(database: Driver, asked: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Task]:
+async def find_many(asked: Sequence[tuple[str, str]]) -> dict[tuple[str, str], State]:
     """Tasks by (account id, task id); one that is another account's, or erased, is not found."""
-    ids = [task_id for _, task_id in asked]
-    rows = database.cursor(row_factory=dict_row).execute(_BY_IDS, [ids])
-    found = {(task.account_id, task.id): task for task in map(_as_loaded, rows)}
+    which = await fairness.marks.marked(at_most=WAITING_COUNT_MAX)
+    which["ids"] = ",".join([task_id for _, task_id in asked])
+    found = {}
+    for row in await reads.rows(_BY_IDS, which):
+        place = row.pop("place")
+        found[row["account_id"], row["id"]] = State(_as_loaded(row), place)
     return {key: found[key] for key in asked if key in found}
 
 

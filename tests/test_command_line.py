@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
 import subprocess
@@ -202,8 +203,9 @@ def test_a_key_is_shown_once(command: Command) -> None:
 
     ((key_id, secret),) = command("issue-key", account_id, "--name", "laptop")
 
+    found, used = asyncio.run(accounts.authenticate([accounts.digest(secret)]))
     with transaction() as session:
-        found = accounts.authenticate(session, [accounts.digest(secret)])
+        accounts.note_use(session, used)
     (credential,) = found.values()
     assert (credential.key_id, credential.account_id) == (key_id, account_id)
     (row,) = command("list-keys", account_id)
@@ -424,9 +426,8 @@ def test_the_demo_credentials_work_and_are_nobody_elses_to_read(
         "ZIMAGE_ACCOUNT_ID",
         "ZIMAGE_CALLBACK_SECRET",
     }
-    with transaction() as session:
-        shown = [accounts.digest(written[f"ZIMAGE_{name}_KEY"]) for name in ("API", "ADMIN")]
-        found = accounts.authenticate(session, shown)
+    shown = [accounts.digest(written[f"ZIMAGE_{name}_KEY"]) for name in ("API", "ADMIN")]
+    found, _ = asyncio.run(accounts.authenticate(shown))
     customer, operator = (found[each] for each in shown)
     assert (customer.admin, operator.admin) == (False, True)
     assert customer.requests_per_minute is None

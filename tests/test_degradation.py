@@ -21,8 +21,9 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from storage import backlog, database, silence
-from storage.database import ANSWER_S, CONNECT_TIMEOUT_S, transaction
+from storage import backlog, driver, silence
+from storage.database import transaction
+from storage.driver import ANSWER_S, CONNECT_TIMEOUT_S
 from storage.errors import ServiceUnavailable
 from storage.silence import Silence, Silent
 from tests.conftest import case
@@ -406,7 +407,7 @@ def test_a_connection_that_was_cut_is_forgotten() -> None:
 def test_a_slow_statement_of_a_server_that_lives_is_left_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(database, "ANSWER_S", 0.1)
+    monkeypatch.setattr(driver, "ANSWER_S", 0.1)
     with transaction() as session:
         assert session.scalar(text("SELECT 1 FROM pg_sleep(0.6)")) == 1
 
@@ -414,8 +415,8 @@ def test_a_slow_statement_of_a_server_that_lives_is_left_alone(
 def test_a_statement_that_hangs_in_a_server_that_lives_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(database, "ANSWER_S", 0.1)
-    monkeypatch.setattr(database, "GIVE_UP_S", 0.3)
+    monkeypatch.setattr(driver, "ANSWER_S", 0.1)
+    monkeypatch.setattr(driver, "GIVE_UP_S", 0.3)
     with pytest.raises(ServiceUnavailable) as refused, transaction() as session:
         session.execute(text("SELECT pg_sleep(20)"))
     assert "does not answer" in str(refused.value.__cause__)

@@ -222,7 +222,7 @@ def test_a_task_that_is_cancelled_while_it_is_drawn_stops_at_a_step(
 
 
 def waiting() -> Waiting:
-    return Waiting(Batcher(batching.find), Batcher(batching.places))
+    return Waiting(Batcher(batching.find))
 
 
 def test_many_wait_for_one_task_and_all_are_woken(customer: Customer, submit: Submit) -> None:
@@ -397,8 +397,9 @@ def test_a_place_in_the_queue_is_counted_by_fair_tags(
     many = [submit(busy, width=1024, height=1024) for _ in range(5)]
     one = submit(modest, width=1024, height=1024)
 
-    asked = [(task.fair_tag, task.id) for task in (*many, one)]
-    places = batching.places(asked)
+    asked = [(task.account_id, task.id) for task in (*many, one)]
+    found = asyncio.run(tasks.find_many(asked))
+    places = [found[each].place or 0 for each in asked]
 
     assert sorted(places) == [0, 1, 2, 3, 4, 5]
     assert places[-1] <= 1

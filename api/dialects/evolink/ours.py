@@ -27,7 +27,7 @@ from api.auth import Caller, admit_read
 from api.dialects import routing
 from api.dialects.evolink import answers
 from api.dialects.evolink.refusals import render_query_error
-from api.dialects.evolink.routes import TaskId, answer_with, check_form, render_state
+from api.dialects.evolink.routes import TaskId, check_form, render_state
 from api.waiting import Waiting
 from storage import accounts, deliveries, erasure, errors, events, repair, tasks
 from storage.database import transaction
@@ -53,7 +53,7 @@ async def cancel_task(request: Request, task_id: TaskId, caller: Caller) -> Resp
     ended answers 409.
     """
     check_form(task_id)
-    return await answer_with(request, await orders.cancel(request, caller, task_id))
+    return JSON(answers.render_task(await orders.cancel(request, caller, task_id)))
 
 
 @router.delete("/v1/tasks/{task_id}", summary="Delete a task (our extension)")

@@ -17,12 +17,11 @@ from api.dialects.evolink import answers
 from api.dialects.evolink.refusals import render_create_error, render_query_error
 from api.dialects.evolink.request import GenerationRequest
 from api.orders import Quote
-from api.waiting import State, Waiting
 from storage import errors, ledger, tasks
 from storage.accounts import Credential
 from storage.database import transaction
 from storage.models import Account, ApiKey, Task
-from storage.tasks import Filter
+from storage.tasks import Filter, State
 
 NAME = "evolink"
 BATCH_MAX = 50
@@ -96,7 +95,7 @@ async def create(request: Request, body: GenerationRequest, caller: Caller) -> R
 )
 async def get_task(request: Request, task_id: TaskId, caller: Caller) -> Response:
     check_form(task_id)
-    return await answer_with(request, await orders.find(request, caller, task_id))
+    return JSON(await render_state(await orders.find_state(request, caller, task_id)))
 
 
 @query_router.get("/v1/tasks", summary="List tasks, newest first")
@@ -135,7 +134,7 @@ class BatchQuery(BaseModel):
 @query_router.post("/v1/tasks/batch", summary="Get the details of up to 50 tasks")
 async def get_tasks(request: Request, body: BatchQuery, caller: Caller) -> Response:
     """Ids that are unknown, or another account's, are left out."""
-    reads: Batcher[tuple[str, str], Task] = request.app.state.reads
+    reads: Batcher[tuple[str, str], State] = request.app.state.reads
     found = []
     for task_id in dict.fromkeys(body.task_ids):
         if tasks.is_id(task_id):
@@ -147,10 +146,10 @@ async def get_tasks(request: Request, body: BatchQuery, caller: Caller) -> Respo
 
 
 async def _find_or_none(
-    reads: Batcher[tuple[str, str], Task], caller: Credential, task_id: str
+    reads: Batcher[tuple[str, str], State], caller: Credential, task_id: str
 ) -> Task | None:
     try:
-        return await reads.add((caller.account_id, task_id))
+        return (await reads.add((caller.account_id, task_id))).task
     except errors.TaskNotFound:
         return None
 
@@ -167,15 +166,8 @@ def _credits(caller: Credential) -> dict[str, object]:
         return answers.render_credits(account, key, ledger.spent(session, account))
 
 
-async def answer_with(request: Request, task: Task) -> Response:
-    """A task; while it is unfinished, with its place in the queue and what time it will take."""
-    if task.status.is_terminal:
-        return JSON(answers.render_task(task))
-    waiting: Waiting = request.app.state.waiting
-    return JSON(await render_state(await waiting.state(task)))
-
-
 async def render_state(state: State) -> dict[str, object]:
+    """A task; while it is unfinished, with its place in the queue and what time it will take."""
     if state.task.status.is_terminal:
         return answers.render_task(state.task)
     left_s = await estimate.seconds_to_end(state.place or 0, state.task.progress)
