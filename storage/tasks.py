@@ -251,7 +251,7 @@ def _insert(session: Session, rows: list[dict[str, Any]], locked: ledger.Locked)
 
 def _as_loaded(row: Mapping[str, Any]) -> Task:
     """A task as it is in the database. `Task(**row)` would note each value as a change to write."""
-    task = Task()
+    task: Task = Task.__mapper__.class_manager.new_instance()
     vars(task).update(
         row, status=TaskStatus(row["status"]), image_format=ImageFormat(row["image_format"])
     )
