@@ -1,4 +1,4 @@
-"""One engine per process, the only place where a transaction begins and ends, and one clock."""
+"""The engines of a process, the only place where a transaction begins and ends, and one clock."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -8,6 +8,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
+import pytest
 from sqlalchemy import update
 
 from storage import objects, queue, repair, tasks
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from tests.conftest import Customer, Work
 
     Submit = Callable[..., Task]
+
+CREATE = "/api/generate"
+CAT = {"prompt": "a cat", "aspect_ratio": "1:1"}
 
 
 def die_in_the_middle(times: int = 1) -> None:
@@ -89,6 +93,22 @@ def test_no_more_bells_are_kept_than_fit_and_as_many_again_once_some_were_heard(
 
     queue.connection.flushdb()
     queue.ring(2)
+    assert queue.count() == 2
+
+
+def test_a_bell_that_was_thought_to_hang_is_hung_by_the_repairs(
+    customer: Customer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue, "FULL_S", 1000.0)
+    queue.ring(queue.BELLS_MAX)
+    queue.connection.flushdb()
+    assert customer.http.post(CREATE, json=CAT).status_code == 200
+    assert queue.count() == 0
+
+    assert repair.lost_jobs() == 1
+
+    monkeypatch.setattr(queue, "FULL_S", 0.0)  # the moment for which it was believed is over
+    assert customer.http.post(CREATE, json=CAT).status_code == 200
     assert queue.count() == 2
 
 
