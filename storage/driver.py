@@ -96,45 +96,32 @@ class Impatient(psycopg.Connection[Any]):
             return answer
 
     async def _awaited(self, waiting: PQGen[T]) -> T:
-        """As `_impatient`. Whoever ends it before its end closes the connection.
+        """As `_impatient`. Whoever waits no longer closes the connection.
 
         psycopg's own makes a task of asyncio's for every look at the socket, which is most of what
         a small statement costs.
         """
-        loop = asyncio.get_running_loop()
         began = time.monotonic()
-        socket = self.pgconn.socket
         try:
             wanted = next(waiting)
             while True:
-                ready = loop.create_future()
-                silent = loop.call_later(ANSWER_S, _set, ready, Ready.NONE)
-                if wanted & Wait.R:
-                    loop.add_reader(socket, _set, ready, Ready.R)
-                if wanted & Wait.W:
-                    loop.add_writer(socket, _set, ready, Ready.W)
                 try:
-                    found = await ready
-                finally:
-                    silent.cancel()
-                    if wanted & Wait.R:
-                        loop.remove_reader(socket)
-                    if wanted & Wait.W:
-                        loop.remove_writer(socket)
+                    found = await _ready(self.pgconn.socket, wanted)
+                    hangs = not found and (
+                        self._given_up(began)
+                        or server.paused
+                        or not await asyncio.to_thread(_lives, self.address)
+                    )
+                except BaseException:  # the answer to come would be taken for the next one's
+                    self.pgconn.finish()
+                    raise
+                if hangs:
+                    self._hangs(began)
                 if found:
                     wanted = waiting.send(found)
-                elif (
-                    self._given_up(began)
-                    or server.paused
-                    or not await asyncio.to_thread(_lives, self.address)
-                ):
-                    self._hangs(began)
         except StopIteration as answered:
             answer: T = answered.value
             return answer
-        except BaseException:
-            self.pgconn.finish()
-            raise
 
     def _given_up(self, began: float) -> bool:
         return self.give_up_after_s is not None and time.monotonic() - began > self.give_up_after_s
@@ -145,6 +132,25 @@ class Impatient(psycopg.Connection[Any]):
             server.begins()
         self.pgconn.finish()  # it counts as broken, and the pool forgets all that are like it
         raise ServerHangs(HANGS)
+
+
+async def _ready(socket: int, wanted: Wait) -> Ready:
+    """What of `wanted` can be done at the socket; NONE if nothing can for ANSWER_S."""
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[Ready] = loop.create_future()
+    silent = loop.call_later(ANSWER_S, _set, ready, Ready.NONE)
+    if wanted & Wait.R:
+        loop.add_reader(socket, _set, ready, Ready.R)
+    if wanted & Wait.W:
+        loop.add_writer(socket, _set, ready, Ready.W)
+    try:
+        return await ready
+    finally:
+        silent.cancel()
+        if wanted & Wait.R:
+            loop.remove_reader(socket)
+        if wanted & Wait.W:
+            loop.remove_writer(socket)
 
 
 def _set(ready: "asyncio.Future[Ready]", found: Ready) -> None:

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import psycopg
 import pytest
 from redis.exceptions import RedisError
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
 
 from storage import driver, queue, reads
 from storage.database import transaction
@@ -86,6 +88,16 @@ def test_whoever_waits_no_longer_leaves_no_answer_for_the_next() -> None:
         return await read("SELECT 2")
 
     assert asyncio.run(run()) == 2
+
+
+@pytest.mark.parametrize("look", [read, transact])
+def test_a_statement_that_is_refused_says_why_and_its_connection_goes_on(look: Look) -> None:
+    backend = asyncio.run(look("SELECT pg_backend_pid()"))
+
+    with pytest.raises((DBAPIError, psycopg.Error), match="division by zero"):
+        asyncio.run(look("SELECT 1 / 0"))
+
+    assert asyncio.run(look("SELECT pg_backend_pid()")) == backend
 
 
 def test_a_connection_that_was_cut_costs_nobody_an_error() -> None:
