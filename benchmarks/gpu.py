@@ -34,10 +34,10 @@ from diffusers import (
 )
 from transformers import Qwen3Config, Qwen3Model
 
+from benchmarks import byte_tokens
 from storage.models import ImageFormat
 from storage.tasks import STEPS
 from worker import loading
-from worker.demo import build as demo
 from worker.drawing import Drawing, Picture
 from worker.finishing import encode
 from worker.memory import measure_mb
@@ -77,14 +77,28 @@ TEXT_ENCODER: dict[str, Any] = {
 }
 """Source: config.json of Qwen/Qwen3-4B."""
 
-VAE: dict[str, Any] = demo.VAE | {
+VAE: dict[str, Any] = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
     "block_out_channels": [128, 256, 512, 512],
     "layers_per_block": 2,
     "norm_num_groups": 32,
+    "latent_channels": 16,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
     "mid_block_add_attention": True,
     "force_upcast": True,
 }
 """Source: vae/config.json of black-forest-labs/FLUX.1-dev."""
+
+SCHEDULER: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "use_dynamic_shifting": False,
+    "shift": 3.0,
+}
+"""Source: scheduler/scheduler_config.json of Tongyi-MAI/Z-Image-Turbo."""
 
 Build = Callable[[], ZImagePipeline]
 
@@ -133,9 +147,8 @@ def assemble(device: str) -> ZImagePipeline:
         transformer=transformer.eval(),
         text_encoder=text_encoder.eval(),
         vae=vae.eval(),
-        # One token per byte; its numbers are below the vocabulary's.
-        tokenizer=demo.assemble(0).tokenizer,
-        scheduler=FlowMatchEulerDiscreteScheduler(**demo.SCHEDULER),
+        tokenizer=byte_tokens.tokenizer(),  # its numbers are below the vocabulary's
+        scheduler=FlowMatchEulerDiscreteScheduler(**SCHEDULER),
     )
 
 

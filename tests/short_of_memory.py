@@ -11,12 +11,12 @@ from typing import Any
 
 from structlog.testing import capture_logs
 
-from worker.demo import build as demo
+from tests import random_model
 from worker.drawing import Drawing
 from worker.pipeline import TurboPipeline
 
 LARGE = (1024, 512)
-"""The demo's decoder takes more than 120 MB for it, and in tiles of 512 x 512 at most 80."""
+"""The small model's decoder takes more than 120 MB for it, and in tiles of 512 x 512 at most 80."""
 TILES_FIT_MB = 100
 NOTHING_FITS_MB = 15
 SMALL = (576, 64)
@@ -24,9 +24,9 @@ SMALL = (576, 64)
 
 
 def main() -> None:
-    model = demo.assemble(0)
+    model = random_model.assemble(0)
     model.set_progress_bar_config(disable=True)
-    pipeline = TurboPipeline(model, model="demo", device="cpu", dtype="float32")
+    pipeline = TurboPipeline(model, model="random", device="cpu", dtype="float32")
 
     def draw(size: tuple[int, int]) -> dict[str, Any]:
         steps: list[int] = []

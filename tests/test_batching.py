@@ -9,7 +9,7 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
-from worker.demo import build as demo
+from tests import random_model
 from worker.drawing import Drawing, Picture
 from worker.pipeline import Timing, TurboPipeline, best_batch
 
@@ -23,20 +23,20 @@ class Stopped(BaseException):
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    model = demo.assemble(0)
+    model = random_model.assemble(0)
     model.set_progress_bar_config(disable=True)
     return model
 
 
 @pytest.fixture
 def pipeline(model: Any) -> TurboPipeline:
-    return TurboPipeline(model, model="demo", device="cpu", dtype="float32")
+    return TurboPipeline(model, model="random", device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def alone(model: Any) -> list[np.ndarray[Any, Any]]:
     """Each of the prompts, drawn alone; the seed is its place."""
-    pipeline = TurboPipeline(model, model="demo", device="cpu", dtype="float32")
+    pipeline = TurboPipeline(model, model="random", device="cpu", dtype="float32")
     return [pixels(pipeline.draw([ask(pipeline, place)])[0]) for place in range(3)]
 
 

@@ -25,12 +25,13 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from api.dialects.dashscope.routes import SYNC_TIMEOUT_S
 from api.orders import DEADLINE_MARGIN_S
+from benchmarks import byte_tokens
 from storage import tasks
 from storage.database import transaction
 from storage.errors import GenerationFailed
 from storage.models import TaskStatus
+from tests import random_model
 from tests.conftest import Atelier, Paint, case
-from worker.demo import build as demo
 from worker.prompt_extend import EncoderRewriter
 
 if TYPE_CHECKING:
@@ -255,14 +256,14 @@ def test_a_task_with_a_key_of_its_own_is_created_once(customer: Customer, name: 
 # --- A prompt that is rewritten -------------------------------------------------------------------
 
 WRITTEN = "<think>\nwhy\n</think>\n\na rewritten prompt"
-TEMPLATE = demo.CHAT_TEMPLATE.replace("in messages", "in messages if message.role == 'user'")
+TEMPLATE = byte_tokens.CHAT_TEMPLATE.replace("in messages", "in messages if message.role == 'user'")
 """Qwen's turns without the instruction: there is less to learn."""
 
 
 @pytest.fixture(scope="module")
 def rewriter() -> EncoderRewriter:
     """A text encoder that was taught in a second to answer PROMPT with WRITTEN."""
-    tokenizer = demo.assemble(0).tokenizer
+    tokenizer = byte_tokens.tokenizer()
     tokenizer.chat_template = TEMPLATE
     asked, answer = (
         tokenizer(text).input_ids
@@ -275,7 +276,9 @@ def rewriter() -> EncoderRewriter:
     labels = torch.tensor([[-100] * len(asked) + answer])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Qwen3ForCausalLM(Qwen3Config(**demo.TEXT_ENCODER | {"tie_word_embeddings": True}))
+        model = Qwen3ForCausalLM(
+            Qwen3Config(**random_model.TEXT_ENCODER | {"tie_word_embeddings": True})
+        )
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     for _ in range(300):
         loss = model(input_ids=tokens, labels=labels).loss

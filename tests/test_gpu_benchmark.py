@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import gpu
-from worker.demo import build as demo
+from benchmarks import byte_tokens, gpu
 
 
 def test_without_memory_it_is_built_in_the_published_size(
@@ -27,7 +26,7 @@ def test_without_a_gpu_it_ends_in_one_sentence() -> None:
 
 
 def test_prompts_have_about_sixty_tokens_and_are_never_the_same() -> None:
-    tokenizer = demo.assemble(0).tokenizer
+    tokenizer = byte_tokens.tokenizer()
     turns = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": gpu.PROMPT.format(number)}],

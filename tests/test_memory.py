@@ -23,7 +23,7 @@ from structlog.testing import capture_logs
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from storage.errors import ResourceExhausted
-from worker.demo import build as demo
+from tests import random_model
 from worker.drawing import Drawing
 from worker.memory import Ladder, Offload, Rung, is_out_of_memory, rungs
 from worker.pipeline import TurboPipeline
@@ -45,7 +45,7 @@ def refuse_python() -> object:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    model = demo.assemble(0)
+    model = random_model.assemble(0)
     model.set_progress_bar_config(disable=True)
     return model
 
@@ -56,7 +56,7 @@ def pipeline(model: Any) -> TurboPipeline:
 
 
 def employ(model: Any, offload: Offload = "none") -> TurboPipeline:
-    return TurboPipeline(model, model="demo", device="cpu", dtype="float32", offload=offload)
+    return TurboPipeline(model, model="random", device="cpu", dtype="float32", offload=offload)
 
 
 def ask(
@@ -123,7 +123,7 @@ def test_weights_are_moved_where_there_is_an_accelerator_and_they_do_not_move_an
 
 
 class Climber:
-    """A ladder for the demo, with all rungs, and what was there at each attempt."""
+    """A ladder for the model, with all rungs, and what was there at each attempt."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -343,7 +343,7 @@ def test_embeddings_that_are_kept_are_given_back_first(pipeline: TurboPipeline, 
 
 
 def offloaded(offload: Offload) -> tuple[Any, TurboPipeline]:
-    model = demo.assemble(0)
+    model = random_model.assemble(0)
     model.set_progress_bar_config(disable=True)
     if offload == "model":
         model.enable_model_cpu_offload(device="cpu")
@@ -420,8 +420,8 @@ def test_a_text_encoder_that_can_write_is_brought_back_before_its_inner_model_re
             brought.append(module)
             return args, kwargs
 
-    model = demo.assemble(0)
-    writer = Qwen3ForCausalLM(Qwen3Config(**demo.TEXT_ENCODER))
+    model = random_model.assemble(0)
+    writer = Qwen3ForCausalLM(Qwen3Config(**random_model.TEXT_ENCODER))
     add_hook_to_module(writer, Bring())
     model.register_modules(text_encoder=writer)
     model.set_progress_bar_config(disable=True)

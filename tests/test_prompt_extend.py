@@ -15,14 +15,16 @@ from typing import Any
 import pytest
 import torch
 from structlog.testing import capture_logs
-from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from benchmarks import byte_tokens
+from benchmarks.byte_tokens import END_OF_TEXT, TURN_END
 from storage.errors import RewriteFailed
 from storage.tasks import Rewrite
+from tests import random_model
 from tests.conftest import case
 from worker import prompt_extend
-from worker.demo import build as demo
 from worker.prompt_extend import EncoderRewriter, EndpointRewriter
 from worker.prompt_extend.encoder import language_model
 from worker.prompt_extend.wording import (
@@ -36,7 +38,7 @@ from worker.prompt_extend.wording import (
 from worker.settings import WorkerSettings
 
 PROMPT = "a red fox"
-TINY = demo.TEXT_ENCODER | {"tie_word_embeddings": True}
+TINY = random_model.TEXT_ENCODER | {"tie_word_embeddings": True}
 
 
 def unchecked() -> None: ...
@@ -60,24 +62,8 @@ def after(calls: int) -> Callable[[], None]:
 # --- By the pipeline's own text encoder -----------------------------------------------------------
 
 
-def tokenizer(special: tuple[str, ...] = ()) -> Any:
-    """A byte a token, as the demo model's; the words in `special` are one token each."""
-    plain = demo.assemble(0).tokenizer
-    if not special:
-        return plain
-    return Qwen2Tokenizer(
-        vocab=plain.get_vocab(),
-        merges=[],
-        unk_token=demo.END_OF_TEXT,
-        pad_token=demo.END_OF_TEXT,
-        eos_token=demo.TURN_END,
-        extra_special_tokens=[demo.TURN_START, *special],
-        chat_template=demo.CHAT_TEMPLATE,
-    )
-
-
-BYTES = tokenizer()
-WORDS = tokenizer(special=("<think>", "</think>"))
+BYTES = byte_tokens.tokenizer()
+WORDS = byte_tokens.tokenizer("<think>", "</think>")
 LETTERS: list[int] = BYTES("abcdefghijklmnopqrstuvwxyz").input_ids
 
 
@@ -95,7 +81,7 @@ class Scripted(Qwen3ForCausalLM):  # type: ignore[misc] # transformers has no ty
         *,
         tokenizer: Any = BYTES,
         ends_thinking: bool = True,
-        end: str = demo.TURN_END,
+        end: str = TURN_END,
         on_token: Callable[[], object] = unchecked,
     ) -> None:
         super().__init__(Qwen3Config(**TINY | {"vocab_size": len(tokenizer)}))
@@ -235,7 +221,7 @@ def test_who_ends_the_turn_while_thinking_is_told_to_answer() -> None:
     assert (rewrite.text, rewrite.reasoning) == ("a fox at dawn", "because")
 
 
-@pytest.mark.parametrize("end", [demo.TURN_END, demo.END_OF_TEXT])
+@pytest.mark.parametrize("end", [TURN_END, END_OF_TEXT])
 def test_an_answer_ends_with_its_turn_or_with_the_text(end: str) -> None:
     rewrite = encoder(Scripted(end=end))(PROMPT, seed=1, check=unchecked)
 
