@@ -15,6 +15,7 @@ from diffusers import ZImagePipeline
 from storage.errors import ResourceExhausted
 from storage.tasks import STEPS
 from worker.ahead import Pace, picture_of
+from worker.canvas import CELL_PX, Canvas, enlarge, fitted
 from worker.drawing import SIDE_STEP_PX, Drawing, Picture, Reading
 from worker.memory import Ladder, Offload, let_go, measure_mb, rungs
 from worker.reading import Reader
@@ -59,8 +60,11 @@ class TurboPipeline:
         prompt_tokens_max: int = 512,
         embedding_cache_mb: int = 64,
         offload: Offload = "none",
+        canvas: Canvas | None = None,
     ) -> None:
         """Take over `pipeline`, whose weights are where `device` and `offload` say.
+
+        `canvas` is of a model that draws at its own scale (`worker/canvas.py`).
 
         Raises:
             ValueError: the model does not bear prompts of `prompt_tokens_max` tokens.
@@ -74,6 +78,7 @@ class TurboPipeline:
         """Held while the weights move between devices. Whoever else computes with the text encoder
         holds it meanwhile."""
         self._pipeline = pipeline
+        self._canvas = canvas
         self._weights_move = offload != "none"
         self._reader = Reader(
             pipeline, device=device, tokens_max=prompt_tokens_max, cache_mb=embedding_cache_mb
@@ -115,24 +120,25 @@ class TurboPipeline:
         numbers are added up in another order: in float32 on a CPU, with prompts of 20 to 300
         tokens, one value in ten thousand differed, by 1 of 255.
 
-        A side that is no multiple of 16 is drawn at the next one, and the middle is kept.
+        A side that is no multiple of 16 is drawn at the next one, and the middle is kept. A model
+        with a canvas draws all of it at its own scale, and only its decoder knows the size.
 
         A batch that does not fit into memory is drawn one by one; an image that does not fit alone
         is drawn in less and less memory (`worker/memory.py`), and is a `ResourceExhausted` if that
         does not help either.
         """
-        canvases = [_Canvas(drawing) for drawing in drawings]
+        sheets = [_Sheet(drawing) for drawing in drawings]
         with self._weights_held():
-            if len(canvases) > 1 and self._ladder.attempt(partial(self._denoise, canvases)):
+            if len(sheets) > 1 and self._ladder.attempt(partial(self._denoise, sheets)):
                 size = drawings[0].width, drawings[0].height
-                self.batch_limits[size] = min(self.batch_max(*size, STEPS), len(canvases) - 1)
-                logger.warning("pipeline.out_of_memory", rung="batch", images=len(canvases))
-            for canvas in canvases:
+                self.batch_limits[size] = min(self.batch_max(*size, STEPS), len(sheets) - 1)
+                logger.warning("pipeline.out_of_memory", rung="batch", images=len(sheets))
+            for sheet in sheets:
                 try:
-                    self._ladder.climb(partial(self._finish, canvas))
+                    self._ladder.climb(partial(self._finish, sheet))
                 except ResourceExhausted as error:
-                    canvas.result = error
-        return [canvas.result for canvas in canvases if canvas.result is not None]
+                    sheet.result = error
+        return [sheet.result for sheet in sheets if sheet.result is not None]
 
     def warm_up(self, sizes: Sequence[tuple[int, int]], batch_max: int) -> list[Timing]:
         """Draw each size (width, height in pixels) once, and find out how many pay together.
@@ -159,50 +165,51 @@ class TurboPipeline:
     def _seconds(self, size: tuple[int, int], batch: int) -> float | None:
         """How long a batch takes until its pixels are there; None if memory runs out."""
         reading = self.read(WARM_UP_PROMPT)
-        canvases = [
-            _Canvas(Drawing(reading, *size, seed, STEPS, on_step=lambda _: None))
+        sheets = [
+            _Sheet(Drawing(reading, *size, seed, STEPS, on_step=lambda _: None))
             for seed in range(batch)
         ]
 
         def paint() -> None:
-            self._denoise(canvases)
-            for canvas in canvases:
-                self._finish(canvas)
+            self._denoise(sheets)
+            for sheet in sheets:
+                self._finish(sheet)
 
         began = time.monotonic()
         with self._weights_held():
             if self._ladder.attempt(paint):
                 return None
-        for canvas in canvases:
-            if callable(canvas.result):
-                canvas.result()
+        for sheet in sheets:
+            if callable(sheet.result):
+                sheet.result()
         return time.monotonic() - began
 
     def _weights_held(self) -> AbstractContextManager[Any]:
         return self.weights_lock if self._weights_move else nullcontext()
 
-    def _finish(self, canvas: "_Canvas") -> None:
+    def _finish(self, sheet: "_Sheet") -> None:
         """Do what is left to do of one image; nothing if it has its result."""
-        if canvas.result is None and canvas.latents is None:
-            self._denoise([canvas])
-        if canvas.result is None:
-            self._decode(canvas)
+        if sheet.result is None and sheet.latents is None:
+            self._denoise([sheet])
+        if sheet.result is None:
+            self._decode(sheet)
 
     @torch.no_grad()
-    def _denoise(self, canvases: "Sequence[_Canvas]") -> None:
+    def _denoise(self, sheets: "Sequence[_Sheet]") -> None:
         """Turn noise into latents, or into what `on_step` raised, for all of them together."""
-        first = canvases[0].drawing
-        drawn = list(canvases)
+        first = sheets[0].drawing
+        width, height = self._scale(first)
+        drawn = list(sheets)
         pace = Pace(self.device)
 
         def step_ended(_: Any, index: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             pace.step_queued()
             kept = []
-            for place, canvas in enumerate(drawn):
+            for place, sheet in enumerate(drawn):
                 try:
-                    canvas.drawing.on_step(index + 1)
+                    sheet.drawing.on_step(index + 1)
                 except BaseException as error:
-                    canvas.result = error
+                    sheet.result = error
                 else:
                     kept.append(place)
             if len(kept) == len(drawn):
@@ -217,14 +224,14 @@ class TurboPipeline:
 
         try:
             latents = self._pipeline(
-                prompt_embeds=[self._reader.embed(c.drawing.reading.tokens) for c in canvases],
-                width=_rounded_up(first.width),
-                height=_rounded_up(first.height),
+                prompt_embeds=[self._reader.embed(one.drawing.reading.tokens) for one in sheets],
+                width=width,
+                height=height,
                 num_inference_steps=first.steps,
                 guidance_scale=GUIDANCE,
                 # On the CPU wherever the drawing is, so that a seed means the same noise
                 # everywhere; one for each, so that it means the same in every batch.
-                generator=[torch.Generator("cpu").manual_seed(c.drawing.seed) for c in canvases],
+                generator=[torch.Generator("cpu").manual_seed(one.drawing.seed) for one in sheets],
                 callback_on_step_end=step_ended,
                 callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"],
                 output_type="latent",
@@ -236,27 +243,38 @@ class TurboPipeline:
             if not isinstance(error, _NobodyWaits):
                 raise
         else:
-            for canvas, one in zip(drawn, latents.split(1), strict=True):
-                canvas.latents = one
-        for canvas in canvases:
-            if isinstance(canvas.result, BaseException):
-                let_go(canvas.result)
+            for sheet, one in zip(drawn, latents.split(1), strict=True):
+                sheet.latents = one
+        for sheet in sheets:
+            if isinstance(sheet.result, BaseException):
+                let_go(sheet.result)
+
+    def _scale(self, drawing: Drawing) -> tuple[int, int]:
+        """Width and height in pixels at which the transformer draws it."""
+        if self._canvas is None:
+            return _rounded_up(drawing.width), _rounded_up(drawing.height)
+        grid = self._canvas.nearest(drawing.width, drawing.height)
+        return grid.columns * CELL_PX, grid.rows * CELL_PX
 
     @torch.no_grad()
-    def _decode(self, canvas: "_Canvas") -> None:
+    def _decode(self, sheet: "_Sheet") -> None:
         """Turn one image's latents into 8-bit pixels, on the device, and do not wait for them."""
-        vae, drawing = self._pipeline.vae, canvas.drawing
-        latents = canvas.latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        values = vae.decode(latents, return_dict=False)[0]
+        vae, drawing = self._pipeline.vae, sheet.drawing
+        width, height = _rounded_up(drawing.width), _rounded_up(drawing.height)
+        latents = sheet.latents
+        if self._canvas is not None:
+            latents = enlarge(latents, width, height)
+        latents = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+        values = fitted(vae.decode(latents, return_dict=False)[0], width, height)
         self._pipeline.maybe_free_model_hooks()
-        left = (_rounded_up(drawing.width) - drawing.width) // 2
-        top = (_rounded_up(drawing.height) - drawing.height) // 2
+        left = (width - drawing.width) // 2
+        top = (height - drawing.height) // 2
         values = values[..., top : top + drawing.height, left : left + drawing.width]
         # What diffusers does on the CPU, to the bit: denormalise in the VAE's precision, then
         # float32, then the nearest integer, halves to the even one.
         values = self._pipeline.image_processor.postprocess(values, output_type="pt")
         pixels = (values[0].permute(1, 2, 0).float() * 255).round().to(torch.uint8)
-        canvas.result = picture_of(pixels.contiguous())
+        sheet.result = picture_of(pixels.contiguous())
 
 
 def best_batch(measured: Sequence[Timing]) -> int:
@@ -268,7 +286,7 @@ def best_batch(measured: Sequence[Timing]) -> int:
     return best.batch
 
 
-class _Canvas:
+class _Sheet:
     """A drawing on its way from noise through latents to a picture, or to what ended it.
 
     Latents stay when memory runs out in the decoder, so that only that is done again.
