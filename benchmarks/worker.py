@@ -55,7 +55,6 @@ def main() -> None:
         authority = trustme.CA()
         authority.cert_pem.write_to_path(str(folder / "ca.pem"))
         os.environ.update(
-            ZIMAGE_DATA_DIR=str(folder / "data"),
             ZIMAGE_PORT=str(reach.free_port()),
             ZIMAGE_CALLBACK_ALLOWED_NETWORKS=f'["{RECEIVER}/32"]',
             ZIMAGE_CALLBACK_CA_FILE=str(folder / "ca.pem"),
@@ -65,7 +64,7 @@ def main() -> None:
         heard = stack.enter_context(_receiver(authority))
         stack.enter_context(_process("api", "serve"))
         stack.enter_context(_process("api.courier"))
-        _throughput("demo model", ["worker"], _bare_demo(folder))
+        _throughput("demo model", ["worker"], _bare_demo())
         _throughput("sleeping pipeline", ["benchmarks.sleeper"], _bare_sleeper())
         _latency(folder / "trace", heard)
         _fairness()
@@ -98,19 +97,18 @@ def _through_the_service(worker: list[str]) -> float:
     return rate
 
 
-def _bare_demo(folder: Path) -> Callable[[int], float]:
+def _bare_demo() -> Callable[[int], float]:
     """A process for each round, as the worker is one: they must not disturb each other."""
     program = (
-        "import sys, time\n"
-        "from pathlib import Path\n"
+        "import sys\n"
         "from benchmarks.worker import bare_loop\n"
         "from worker import loading\n"
-        "pipeline = loading.load('demo', device='cpu', dtype='auto', cache_dir=Path(sys.argv[1]))\n"
-        "print(bare_loop(pipeline, int(sys.argv[2])))\n"
+        "pipeline = loading.load('demo', device='cpu', dtype='auto')\n"
+        "print(bare_loop(pipeline, int(sys.argv[1])))\n"
     )
 
     def run(images: int) -> float:
-        command = [sys.executable, "-c", program, str(folder / "data" / "models"), str(images)]
+        command = [sys.executable, "-c", program, str(images)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         return float(done.stdout.split()[-1])
 

@@ -71,7 +71,6 @@ def environment(chosen: LocalSettings, data: Path, own: Sequence[Server]) -> dic
     env |= {
         "ZIMAGE_HOST": chosen.host,
         "ZIMAGE_PORT": str(chosen.port),
-        "ZIMAGE_DATA_DIR": str(data),
         "ZIMAGE_MODEL": chosen.model,
         "PYTHONUNBUFFERED": "1",
     }

@@ -28,7 +28,7 @@ POOR_CREDITS = 3_000
 """Of the last account: enough for 200 images, and then it is refused."""
 BOOKS_S = 2.0
 PAINTER = ("soak.painter",)
-REAL = ("worker", "worker.demo.build", "worker.loading", "worker.prompt_extend")
+REAL = ("worker", "worker.loading", "worker.prompt_extend")
 GUARDS = ("fencing", "charge", "lease", "delivery", "repair")
 """Those of `soak.without`, which only a process of the service can import."""
 WITHOUT_INVARIANTS = """

@@ -182,7 +182,6 @@ class Stage:
             "ZIMAGE_DATABASE_URL": f"postgresql+psycopg://postgres@/zimage?host={wire}&port=5432",
             "ZIMAGE_S3_ENDPOINT_URL": f"http://127.0.0.1:{self._store_wire_port}",
             "ZIMAGE_S3_BUCKET": "zimage",
-            "ZIMAGE_DATA_DIR": str(self._folder / "data"),
             "ZIMAGE_CALLBACK_ALLOWED_NETWORKS": f'["{RECEIVER_HOST}/32"]',
             "ZIMAGE_CALLBACK_CA_FILE": str(self._folder / "ca.pem"),
             "ZIMAGE_LEASE_S": "3",

@@ -66,7 +66,6 @@ def running(step_s: float = STEP_S) -> Iterator[Target]:
         os.environ.update(
             ZIMAGE_HOST="127.0.0.1",
             ZIMAGE_PORT=str(port),
-            ZIMAGE_DATA_DIR=str(folder / "data"),
             ZIMAGE_CALLBACK_ALLOWED_NETWORKS='["127.0.0.2/32"]',
             ZIMAGE_AUTH_FAILURES_PER_MINUTE=str(10**6),  # a fuzzer shows many keys that are none
         )

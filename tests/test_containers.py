@@ -236,7 +236,7 @@ def test_what_is_required_is_refused_where_it_is_missing() -> None:
 def test_every_setting_reaches_the_processes_that_read_it() -> None:
     common = set(_settings(StorageSettings))
     api = common | set(_settings(ApiSettings)) - {"ZIMAGE_HOST", "ZIMAGE_PORT"}  # of the image
-    worker = common | set(_settings(WorkerSettings)) - {"ZIMAGE_DATA_DIR"}  # of the image
+    worker = common | set(_settings(WorkerSettings))
     for name in ("migrate", "api", "courier"):
         assert set(SERVICES[name]["environment"]) == api
     for name in ("worker", "worker-cpu"):

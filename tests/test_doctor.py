@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from tests import random_model
 from worker import doctor
-from worker.demo import build as demo
 from worker.doctor import advice, chosen
 from worker.footprint import MB, Footprint, footprint
 from worker.settings import WorkerSettings
@@ -53,10 +53,10 @@ def advised(
 # --- The whole ----------------------------------------------------------------------------------
 
 
-def test_without_any_server_it_tells_everything_and_draws(tmp_path: Path, warm_model: Warm) -> None:
+def test_without_any_server_it_tells_everything_and_draws(warm_model: Warm) -> None:
     bare = {name: value for name, value in os.environ.items() if not name.startswith("ZIMAGE_")}
-    chosen = {"ZIMAGE_DATA_DIR": str(tmp_path), "ZIMAGE_WARMUP_SIZES": '["64x64"]'}
-    told = warm_model.run("-m", "worker", "doctor", env=bare | chosen)
+    sizes = {"ZIMAGE_WARMUP_SIZES": '["64x64"]'}
+    told = warm_model.run("-m", "worker", "doctor", env=bare | sizes)
     titles = [line for line in told.stdout.splitlines() if line and not line.startswith(" ")]
 
     assert told.returncode == 0, told.stderr
@@ -69,7 +69,7 @@ def test_without_any_server_it_tells_everything_and_draws(tmp_path: Path, warm_m
         "Memory, estimated",
         "One image",
     ]
-    assert titles[7].startswith("Advice: the demo model draws texture")
+    assert titles[7].startswith("Advice: the demo model draws coloured shapes")
     assert f"torch         {torch.__version__}" in told.stdout
     assert "_native_flash, _native_math" in told.stdout
     assert "  64x64  " in told.stdout
@@ -77,13 +77,13 @@ def test_without_any_server_it_tells_everything_and_draws(tmp_path: Path, warm_m
 
 
 def test_what_cannot_be_loaded_is_one_sentence_and_a_failure(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    unfit = WorkerSettings(data_dir=tmp_path, device="cpu", offload="model")
+    unfit = WorkerSettings(device="cpu", offload="model")
 
     assert doctor.examine("demo", unfit) == 1
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("The model 'demo' could not be loaded in")
+    assert last.startswith("The model 'demo' could not be loaded from")
     assert "ZIMAGE_OFFLOAD=model needs a GPU" in last
 
 
@@ -117,24 +117,24 @@ def cost(folder: Path, switches: Switches = SAFE, bytes_per_number: int = 4) -> 
 
 
 def test_the_headers_of_the_files_say_what_the_weights_will_take(tmp_path: Path) -> None:
-    demo.build(tmp_path / "demo")
-    assembled = demo.assemble(0)
+    folder = random_model.build(tmp_path / "model")
+    assembled = random_model.assemble(0)
 
     def mb(part: str, bytes_per_number: int) -> float:
         numbers: int = sum(w.numel() for w in getattr(assembled, part).parameters())
         return numbers * bytes_per_number / MB
 
     for bytes_per_number in (2, 4):
-        found = cost(tmp_path / "demo", bytes_per_number=bytes_per_number)
+        found = cost(folder, bytes_per_number=bytes_per_number)
         assert set(found.parts) == {"text_encoder", "transformer", "vae"}
         for part, part_mb in found.parts.items():
             assert part_mb - 1 < mb(part, bytes_per_number) <= part_mb
 
 
 def test_the_largest_size_counts_at_the_width_of_the_decoders_end(tmp_path: Path) -> None:
-    demo.build(tmp_path / "demo")
+    folder = random_model.build(tmp_path / "model")
 
-    assert cost(tmp_path / "demo").activations == 4 * 16 * 1024 * 512 * 4 // MB
+    assert cost(folder).activations == 4 * 16 * 1024 * 512 * 4 // MB
 
 
 def test_quantised_layers_take_a_byte_and_a_model_in_shards_is_read_whole(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from tests import random_model
 from worker import loading, switches
-from worker.demo import build as demo
 from worker.drawing import Drawing
 from worker.loading import ModelUnavailable
 from worker.pipeline import TurboPipeline
@@ -23,14 +23,12 @@ EXEMPT = ("t_embedder", "cap_embedder", "all_x_embedder", "all_final_layer", "ad
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("models")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_model.build(tmp_path_factory.mktemp("model"))
 
 
-def load(models: Path, **switched: Any) -> TurboPipeline:
-    return loading.load(
-        "demo", device="cpu", dtype="float32", cache_dir=models, switches=Switches(**switched)
-    )
+def load(model: Path, **switched: Any) -> TurboPipeline:
+    return loading.load(str(model), device="cpu", dtype="float32", switches=Switches(**switched))
 
 
 def transformer(pipeline: TurboPipeline) -> Any:
@@ -59,26 +57,26 @@ def close(images: Sequence[NDArray[np.int16]], others: Sequence[NDArray[np.int16
 
 
 @pytest.fixture(scope="module")
-def safe(models: Path) -> list[NDArray[np.int16]]:
+def safe(model: Path) -> list[NDArray[np.int16]]:
     """What is drawn with nothing switched on."""
-    return draw(load(models), CAT, LONG)
+    return draw(load(model), CAT, LONG)
 
 
 # --- What is switched on ------------------------------------------------------------------------
 
 
 def test_int8_quantises_the_large_layers_and_leaves_the_sensitive_ones_alone(
-    models: Path, safe: list[NDArray[np.int16]]
+    model: Path, safe: list[NDArray[np.int16]]
 ) -> None:
-    pipeline = load(models, quantization="int8")
-    plain = dict(transformer(load(models)).named_parameters())
+    pipeline = load(model, quantization="int8")
+    plain = dict(transformer(load(model)).named_parameters())
     quantised = {
         name: parameter
         for name, parameter in transformer(pipeline).named_parameters()
         if type(parameter.data) is not torch.Tensor
     }
 
-    blocks = demo.TRANSFORMER["n_layers"] + 2 * demo.TRANSFORMER["n_refiner_layers"]
+    blocks = random_model.TRANSFORMER["n_layers"] + 2 * random_model.TRANSFORMER["n_refiner_layers"]
     assert len(quantised) == blocks * (4 + 3)  # query, key, value and out; three feed forward
     assert not [name for name in quantised if any(exempt in name for exempt in EXEMPT)]
     assert all(
@@ -92,9 +90,9 @@ def test_int8_quantises_the_large_layers_and_leaves_the_sensitive_ones_alone(
 
 
 def test_a_backend_that_bears_no_mask_draws_prompts_of_unequal_length_together(
-    models: Path, safe: list[NDArray[np.int16]]
+    model: Path, safe: list[NDArray[np.int16]]
 ) -> None:
-    pipeline = load(models, attention_backend="_native_flash")
+    pipeline = load(model, attention_backend="_native_flash")
     chosen = {
         module.processor._attention_backend.value
         for module in transformer(pipeline).modules()
@@ -106,17 +104,17 @@ def test_a_backend_that_bears_no_mask_draws_prompts_of_unequal_length_together(
 
 
 def test_a_backend_is_the_choice_of_one_model_and_not_of_the_process(
-    models: Path, safe: list[NDArray[np.int16]]
+    model: Path, safe: list[NDArray[np.int16]]
 ) -> None:
-    load(models, attention_backend="_native_flash")
+    load(model, attention_backend="_native_flash")
 
-    assert close(draw(load(models), CAT, LONG), safe)
+    assert close(draw(load(model), CAT, LONG), safe)
 
 
 def test_the_vae_may_keep_its_numbers_channels_last(
-    models: Path, safe: list[NDArray[np.int16]]
+    model: Path, safe: list[NDArray[np.int16]]
 ) -> None:
-    pipeline = load(models, vae_channels_last=True)
+    pipeline = load(model, vae_channels_last=True)
     weight = pipeline._pipeline.vae.decoder.conv_in.weight
 
     assert weight.is_contiguous(memory_format=torch.channels_last)
@@ -125,8 +123,8 @@ def test_the_vae_may_keep_its_numbers_channels_last(
 
 # torch's own compiler, as it is imported.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-def test_compiling_is_of_every_block(models: Path) -> None:
-    plain = transformer(load(models))
+def test_compiling_is_of_every_block(model: Path) -> None:
+    plain = transformer(load(model))
     switches.apply(Switches(compile=True), plain, "cpu")
     compiled = [
         name for name, module in plain.named_modules() if module._compiled_call_impl is not None
@@ -135,14 +133,14 @@ def test_compiling_is_of_every_block(models: Path) -> None:
     assert compiled == ["noise_refiner.0", "context_refiner.0", "layers.0", "layers.1"]
 
 
-def test_a_block_is_one_graph_for_all_sizes_and_lengths_of_prompts(models: Path) -> None:
+def test_a_block_is_one_graph_for_all_sizes_and_lengths_of_prompts(model: Path) -> None:
     graphs = []
 
     def keep(graph: torch.fx.GraphModule, _: Any) -> Any:
         graphs.append(graph)
         return graph.forward
 
-    pipeline = load(models)
+    pipeline = load(model)
     transformer(pipeline).compile_repeated_blocks(backend=keep, fullgraph=True, **switches.COMPILED)
     draw(pipeline, CAT)
     compiled = len(graphs)
@@ -152,8 +150,8 @@ def test_a_block_is_one_graph_for_all_sizes_and_lengths_of_prompts(models: Path)
     assert compiled == len(graphs) == 3  # two kinds of refiners, and the layers
 
 
-def test_prompts_are_read_as_far_as_is_set(models: Path) -> None:
-    reading = load(models, prompt_tokens_max=40).read(LONG)
+def test_prompts_are_read_as_far_as_is_set(model: Path) -> None:
+    reading = load(model, prompt_tokens_max=40).read(LONG)
 
     assert (len(reading.tokens), reading.given > 40) == (40, True)
 
@@ -174,10 +172,10 @@ def test_prompts_are_read_as_far_as_is_set(models: Path) -> None:
     ],
 )
 def test_what_this_machine_cannot_do_is_told_in_one_sentence(
-    models: Path, switched: dict[str, Any], sentence: str
+    model: Path, switched: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(ModelUnavailable, match=sentence) as told:
-        load(models, **switched)
+        load(model, **switched)
 
     assert "\n" not in str(told.value)
 
@@ -196,7 +194,6 @@ def test_a_switch_is_tried_before_the_weights_are_looked_for(tmp_path: Path) -> 
             str(tmp_path),  # a folder without a model
             device="cpu",
             dtype="auto",
-            cache_dir=tmp_path,
             switches=Switches(offload="model"),
         )
 

@@ -16,8 +16,8 @@ from PIL import Image, ImageStat
 from safetensors.torch import load_file
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from tests import random_model
 from worker import loading
-from worker.demo import build as demo
 from worker.drawing import Drawing, Reading
 from worker.loading import ModelUnavailable, choose
 from worker.pipeline import TurboPipeline
@@ -28,28 +28,28 @@ PROMPTS = ["x", CAT, "月亮上的红猫 🐈 " * 12]
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that the demo model is built in."""
-    return tmp_path_factory.mktemp("models")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of the random model."""
+    return random_model.build(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="session")
-def pipeline(models: Path) -> TurboPipeline:
-    return loading.load("demo", device="cpu", dtype="float32", cache_dir=models)
+def pipeline(folder: Path) -> TurboPipeline:
+    return loading.load(str(folder), device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="session")
 def stock() -> Any:
     """The same model, as diffusers draws with it."""
-    stock = demo.assemble(0)
+    stock = random_model.assemble(0)
     stock.set_progress_bar_config(disable=True)
     return stock
 
 
 @pytest.fixture
-def copy(models: Path, pipeline: TurboPipeline, tmp_path: Path) -> Path:
-    """A folder of the demo's files, to load from or to damage."""
-    return shutil.copytree(demo.ensure(models), tmp_path / "copy")
+def copy(folder: Path, tmp_path: Path) -> Path:
+    """The same files, to damage."""
+    return shutil.copytree(folder, tmp_path / "copy")
 
 
 def ignore(done: int) -> None:
@@ -116,12 +116,12 @@ def test_a_long_prompt_is_cut_where_diffusers_cuts_it_and_what_was_given_is_know
 
 def test_nobody_changes_the_tokenizer_while_threads_read() -> None:
     """One that is changed while it works says "Already borrowed", to whoever comes then."""
-    model = demo.assemble(0)
+    model = random_model.assemble(0)
     state = model.tokenizer.backend_tokenizer
     model.tokenizer("as its file may set it", truncation=True, max_length=16, padding="max_length")
     assert state.truncation is not None
 
-    pipeline = TurboPipeline(model, model="demo", device="cpu", dtype="float32")
+    pipeline = TurboPipeline(model, model="random", device="cpu", dtype="float32")
     assert (state.truncation, state.padding) == (None, None)
 
     with ThreadPoolExecutor(4) as pool:
@@ -134,12 +134,12 @@ def test_nobody_changes_the_tokenizer_while_threads_read() -> None:
 def test_the_longest_prompt_that_the_model_bears_is_drawn_and_one_more_token_is_refused(
     stock: Any,
 ) -> None:
-    """The demo has 1024 positions, as the real one: 992 tokens are the last multiple of 32 that
+    """The model has 1024 positions, as the real one: 992 tokens are the last multiple of 32 that
     leaves one for the image."""
 
     def reading(tokens: int) -> TurboPipeline:
         return TurboPipeline(
-            stock, model="demo", device="cpu", dtype="float32", prompt_tokens_max=tokens
+            stock, model="random", device="cpu", dtype="float32", prompt_tokens_max=tokens
         )
 
     assert len(reading(992).read("红" * 4000).tokens) == 992
@@ -154,7 +154,7 @@ def test_the_longest_prompt_that_the_model_bears_is_drawn_and_one_more_token_is_
 def test_prompts_fill_positions_from_one_on_in_blocks_of_32_and_the_image_needs_another(
     positions: int, tokens: int
 ) -> None:
-    model = demo.assemble(0)
+    model = random_model.assemble(0)
     model.transformer.register_to_config(axes_lens=[positions, 512, 512])
     TurboPipeline(model, model="", device="cpu", dtype="", prompt_tokens_max=tokens)
     with pytest.raises(ValueError, match=f"bears {tokens} tokens"):
@@ -162,7 +162,7 @@ def test_prompts_fill_positions_from_one_on_in_blocks_of_32_and_the_image_needs_
 
 
 def test_a_text_encoder_with_fewer_positions_sets_the_limit() -> None:
-    model = demo.assemble(0)
+    model = random_model.assemble(0)
     model.text_encoder.config.max_position_embeddings = 600
     with pytest.raises(ValueError, match="601, but this model bears 600 tokens"):
         TurboPipeline(model, model="", device="cpu", dtype="", prompt_tokens_max=601)
@@ -179,13 +179,11 @@ def test_it_draws_what_diffusers_draws(pipeline: TurboPipeline, stock: Any, prom
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_latents_become_the_bytes_that_diffusers_makes_of_them(
-    models: Path, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_latents_become_the_bytes_that_diffusers_makes_of_them(dtype: torch.dtype) -> None:
     """With the same embeddings, so that nothing else differs."""
-    model = demo.assemble(0).to(dtype)
+    model = random_model.assemble(0).to(dtype)
     model.set_progress_bar_config(disable=True)
-    pipeline = TurboPipeline(model, model="demo", device="cpu", dtype="")
+    pipeline = TurboPipeline(model, model="random", device="cpu", dtype="")
     ours = draw(pipeline, width=112, height=64)
     [tokens] = [torch.tensor([pipeline.read(CAT).tokens])]
     with torch.no_grad():
@@ -203,13 +201,14 @@ def test_latents_become_the_bytes_that_diffusers_makes_of_them(
 
 
 def test_a_text_encoder_with_a_head_is_read_without_it(stock: Any) -> None:
-    writer = Qwen3ForCausalLM(Qwen3Config(**demo.TEXT_ENCODER, tie_word_embeddings=True)).eval()
+    config = Qwen3Config(**random_model.TEXT_ENCODER, tie_word_embeddings=True)
+    writer = Qwen3ForCausalLM(config).eval()
     writer.model.load_state_dict(stock.text_encoder.state_dict())
     writer.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("the head is at work"))
-    model = demo.assemble(0)
+    model = random_model.assemble(0)
     model.register_modules(text_encoder=writer)
     model.set_progress_bar_config(disable=True)
-    pipeline = TurboPipeline(model, model="demo", device="cpu", dtype="float32")
+    pipeline = TurboPipeline(model, model="random", device="cpu", dtype="float32")
 
     assert pipeline.text_encoder is writer
     assert difference(draw(pipeline), draw_stock(stock, CAT, width=64, height=64)) <= 1
@@ -226,7 +225,7 @@ def test_a_prompt_that_comes_again_is_not_encoded_again(stock: Any) -> None:
         nonlocal encoded
         encoded = 0
         pipeline = TurboPipeline(
-            stock, model="demo", device="cpu", dtype="float32", embedding_cache_mb=cache_mb
+            stock, model="random", device="cpu", dtype="float32", embedding_cache_mb=cache_mb
         )
         for prompt in prompts:
             draw(pipeline, prompt, steps=1)
@@ -267,7 +266,7 @@ def test_an_odd_size_is_the_middle_of_the_next_that_can_be_drawn(pipeline: Turbo
     assert draw(pipeline, width=100, height=90).tobytes() == drawn.crop((6, 3, 106, 93)).tobytes()
 
 
-def test_the_demo_draws_texture_in_every_colour(pipeline: TurboPipeline) -> None:
+def test_what_is_compared_here_is_texture_in_every_colour(pipeline: TurboPipeline) -> None:
     deviations = ImageStat.Stat(draw(pipeline, width=128, height=128)).stddev
 
     assert all(20 < deviation < 110 for deviation in deviations)  # of 255; 0 is flat
@@ -322,9 +321,9 @@ def test_a_drawing_that_is_stopped_leaves_the_next_one_as_it_would_have_been(
 
 @pytest.mark.parametrize("step", [1, 8])
 def test_a_drawing_that_is_stopped_holds_no_memory_though_its_error_is_kept(step: int) -> None:
-    model = demo.assemble(0)
+    model = random_model.assemble(0)
     model.set_progress_bar_config(disable=True)
-    pipeline = TurboPipeline(model, model="demo", device="cpu", dtype="float32")
+    pipeline = TurboPipeline(model, model="random", device="cpu", dtype="float32")
     made: list[weakref.ref[torch.Tensor]] = []
     model.transformer.register_forward_hook(
         lambda _, __, output: made.append(weakref.ref(output[0][0]))
@@ -337,7 +336,7 @@ def test_a_drawing_that_is_stopped_holds_no_memory_though_its_error_is_kept(step
 
 
 def test_a_bug_is_not_told_as_a_lack_of_memory(stock: Any) -> None:
-    pipeline = TurboPipeline(stock, model="demo", device="cpu", dtype="float32")
+    pipeline = TurboPipeline(stock, model="random", device="cpu", dtype="float32")
     bug = stock.vae.decoder.register_forward_pre_hook(lambda *_: torch.empty(2) @ torch.empty(3))
     try:
         with pytest.raises(RuntimeError, match="size"):
@@ -380,17 +379,18 @@ def test_auto_is_the_best_that_the_machine_has_and_anything_else_is_kept(
     assert choose(*asked, cuda=cuda, mps=mps, bfloat16=bfloat16) == chosen
 
 
-def test_a_folder_draws_like_the_demo_it_was_copied_from(
-    pipeline: TurboPipeline, copy: Path
+def test_a_folder_draws_like_the_model_it_was_written_from(folder: Path, stock: Any) -> None:
+    loaded = loading.load(str(folder), device="cpu", dtype="auto")
+    written = TurboPipeline(stock, model="random", device="cpu", dtype="float32")
+
+    assert draw(loaded).tobytes() == draw(written).tobytes()
+    assert (loaded.model, loaded.device, loaded.dtype) == (str(folder), "cpu", "float32")
+
+
+def test_the_precision_asked_for_is_the_one_that_draws(
+    pipeline: TurboPipeline, folder: Path
 ) -> None:
-    loaded = loading.load(str(copy), device="cpu", dtype="auto", cache_dir=copy)
-
-    assert draw(loaded).tobytes() == draw(pipeline).tobytes()
-    assert (loaded.model, loaded.device, loaded.dtype) == (str(copy), "cpu", "float32")
-
-
-def test_the_precision_asked_for_is_the_one_that_draws(pipeline: TurboPipeline, copy: Path) -> None:
-    loaded = loading.load(str(copy), device="cpu", dtype="bfloat16", cache_dir=copy)
+    loaded = loading.load(str(folder), device="cpu", dtype="bfloat16")
 
     assert loaded.dtype == "bfloat16"
     assert draw(loaded).tobytes() != draw(pipeline).tobytes()
@@ -405,11 +405,11 @@ def test_the_precision_asked_for_is_the_one_that_draws(pipeline: TurboPipeline, 
     ],
 )
 def test_what_cannot_be_loaded_is_told_in_one_line(
-    models: Path, asked: dict[str, str], reason: str
+    folder: Path, asked: dict[str, str], reason: str
 ) -> None:
-    wanted: dict[str, Any] = {"model": "demo", "device": "cpu", "dtype": "float32"} | asked
+    wanted: dict[str, Any] = {"model": str(folder), "device": "cpu", "dtype": "float32"} | asked
     with pytest.raises(ModelUnavailable, match=reason) as told:
-        loading.load(**wanted, cache_dir=models)
+        loading.load(**wanted)
 
     assert "\n" not in str(told.value)
 
@@ -420,7 +420,7 @@ def test_weights_that_are_a_pickle_are_refused(copy: Path) -> None:
     weights.unlink()
 
     with pytest.raises(ModelUnavailable, match=r"as a folder.*safetensors"):
-        loading.load(str(copy), device="cpu", dtype="auto", cache_dir=copy)
+        loading.load(str(copy), device="cpu", dtype="auto")
 
 
 def test_a_folder_of_another_kind_of_model_is_refused(copy: Path) -> None:
@@ -430,17 +430,17 @@ def test_a_folder_of_another_kind_of_model_is_refused(copy: Path) -> None:
     shutil.copytree(copy / "vae", copy / "transformer", dirs_exist_ok=True)
 
     with pytest.raises(ModelUnavailable, match="is AutoencoderKL, not ZImageTransformer2DModel"):
-        loading.load(str(copy), device="cpu", dtype="auto", cache_dir=copy)
+        loading.load(str(copy), device="cpu", dtype="auto")
 
 
 def test_a_hub_that_does_not_answer_is_named_with_its_reason(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # nobody listens there
     close_session()  # the hub's client reads the variable when it is made
     try:
         with pytest.raises(ModelUnavailable, match=r"'a/b'.* hub .*refused") as told:
-            loading.load("a/b", device="cpu", dtype="auto", cache_dir=tmp_path)
+            loading.load("a/b", device="cpu", dtype="auto")
     finally:
         close_session()
 

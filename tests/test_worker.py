@@ -18,15 +18,14 @@ from storage.database import transaction
 from storage.errors import GenerationTimeout, ResourceExhausted
 from storage.models import Task, TaskStatus
 from storage.settings import settings
+from tests import random_model
 from tests.conftest import Canvas, employ
 from tests.outages import remove_bucket
-from worker import generate, loading
+from worker import generate
 from worker.leases import Leases
 from worker.pipeline import TurboPipeline
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.conftest import Customer, Work
 
     Submit = Callable[..., Task]
@@ -69,17 +68,18 @@ class Meanwhile:
 
 
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> TurboPipeline:
-    folder: Path = tmp_path_factory.mktemp("models")
-    return loading.load("demo", device="cpu", dtype="auto", cache_dir=folder)
+def real() -> TurboPipeline:
+    model = random_model.assemble(0)
+    model.set_progress_bar_config(disable=True)
+    return TurboPipeline(model, model="random", device="cpu", dtype="float32")
 
 
 def test_the_real_pipeline_draws_what_was_asked_for(
-    customer: Customer, work: Work, demo: TurboPipeline
+    customer: Customer, work: Work, real: TurboPipeline
 ) -> None:
     body = {"model": "z-image-turbo", "prompt": "a cat", "size": "400x376", "seed": 7}
     ids = [customer.http.post("/v1/images/generations", json=body).json()["id"] for _ in range(2)]
-    work(demo)
+    work(real)
 
     links = [customer.http.get(f"/v1/tasks/{task_id}").json()["results"][0] for task_id in ids]
     first, second = (httpx.get(link) for link in links)

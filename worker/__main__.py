@@ -70,7 +70,6 @@ def draw_on(device: str) -> int:
             storage_settings.model,
             device=device,
             dtype=settings.dtype,
-            cache_dir=settings.data_dir / "models",
             switches=loading.switches_of(settings),
         )
     except (
@@ -83,9 +82,7 @@ def draw_on(device: str) -> int:
     about = {"model": pipeline.model, "device": device, "dtype": pipeline.dtype}
     logger.info("worker.loaded", **about)
     if pipeline.model == loading.DEMO:
-        logger.warning(
-            "worker.demo_model", notice="random weights: it draws texture, not the prompt"
-        )
+        logger.warning("worker.demo_model", notice="it draws coloured shapes and nothing else")
     for timing in pipeline.warm_up(loading.warmup_sizes(settings, device), settings.batch_max):
         logger.info("worker.warmed_up", **asdict(timing))
 

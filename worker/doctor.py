@@ -19,7 +19,7 @@ from huggingface_hub import snapshot_download
 from storage.settings import settings as storage_settings
 from storage.tasks import STEPS
 from worker import loading
-from worker.demo import build as demo
+from worker.demo import WEIGHTS
 from worker.devices import resolve_devices
 from worker.drawing import Drawing, Pipeline
 from worker.footprint import Footprint, footprint
@@ -60,20 +60,14 @@ def examine(model: str, settings: WorkerSettings) -> int:
     switches = switches_of(settings)
     sizes = loading.warmup_sizes(settings, device) or CPU_SIZES
     try:
-        folder = _folder(model, settings)
+        folder = _folder(model)
         cost = footprint(folder, bytes_per_number=dtype.itemsize, switches=switches, sizes=sizes)
         show("Memory, estimated", costs(cost, switches.offload))
     except (OSError, ValueError, KeyError):  # loading will say what is wrong, or fetch what is not
         cost = None
         show("Memory, estimated", [("unknown", "the model's files are not on this machine")])
     try:
-        pipeline = loading.load(
-            model,
-            device=device,
-            dtype=settings.dtype,
-            cache_dir=settings.data_dir / "models",
-            switches=switches,
-        )
+        pipeline = loading.load(model, device=device, dtype=settings.dtype, switches=switches)
         show("One image", drawn(pipeline, sizes))
     except ModelUnavailable as error:
         return _give_up(str(error))
@@ -125,10 +119,10 @@ def chosen(model: str, settings: WorkerSettings, device: str, dtype: str) -> Row
 # --- What it costs and how fast it is -----------------------------------------------------------
 
 
-def _folder(model: str, settings: WorkerSettings) -> Path:
+def _folder(model: str) -> Path:
     """Where the model's files are. Raises: OSError, ValueError: they are not on this machine."""
     if model == DEMO:
-        return demo.ensure(settings.data_dir / "models")
+        return WEIGHTS
     if Path(model).is_dir():
         return Path(model)
     return Path(snapshot_download(model, local_files_only=True))
@@ -183,7 +177,7 @@ def advice(
     on_gpu = torch.device(device).type != "cpu"
     if model == DEMO:
         yield (
-            "the demo model draws texture, not the prompt: "
+            "the demo model draws coloured shapes and nothing else: "
             "set ZIMAGE_MODEL=Tongyi-MAI/Z-Image-Turbo for images"
         )
     elif not on_gpu:

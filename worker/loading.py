@@ -10,7 +10,8 @@ from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
 from worker import switches as speed
-from worker.demo import build as demo
+from worker.canvas import Canvas, find_canvas
+from worker.demo import WEIGHTS
 from worker.memory import is_out_of_memory
 from worker.pipeline import TurboPipeline
 from worker.switches import SAFE
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from worker.settings import WorkerSettings
 
 DEMO = "demo"
-"""The model name that stands for the small model with random weights."""
+"""The model name that stands for the small model that comes with the service."""
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -39,18 +40,15 @@ class ModelUnavailable(Exception):
     """The model cannot be loaded; the message says which, from where, and why, in one sentence."""
 
 
-def load(
-    model: str, *, device: str, dtype: str, cache_dir: Path, switches: Switches = SAFE
-) -> TurboPipeline:
+def load(model: str, *, device: str, dtype: str, switches: Switches = SAFE) -> TurboPipeline:
     """Load `model` and put it on `device`.
 
     Args:
         model: a folder in diffusers' layout, an id on the Hugging Face hub, or `demo`. A
-            folder and the demo are loaded without a look at the network.
+            folder and the demo are loaded without a look at the network, and may hold a canvas
+            (`worker/canvas.py`). The hub's files have their own cache, which `HF_HOME` moves.
         device: `auto`, or a name that torch knows: `cuda`, `cuda:1`, `mps`, `cpu`.
         dtype: `auto`, `bfloat16`, `float16` or `float32`.
-        cache_dir: where the demo model is built. The hub's files have their own cache, which
-            `HF_HOME` moves.
         switches: what makes it faster or smaller. They are tried before the weights are read.
 
     Raises:
@@ -58,17 +56,19 @@ def load(
     """
     for logging in LIBRARIES_LOGGING:
         logging.disable_progress_bar()  # between a worker's log lines it is noise
+    folder = WEIGHTS if model == DEMO else Path(model)
     if model == DEMO:
-        place = f"in {cache_dir}"
-    elif Path(model).is_dir():
+        place = f"from {WEIGHTS}"
+    elif folder.is_dir():
         place = "as a folder"
     else:
         place = "from the Hugging Face hub (there is no folder of this name)"
     try:
         device, precision = choose_here(device, dtype)
         speed.check(switches, device, precision)
+        canvas = find_canvas(folder)
         pipeline = ZImagePipeline.from_pretrained(
-            demo.ensure(cache_dir) if model == DEMO else model,
+            str(folder) if model == DEMO else model,
             dtype=precision,
             use_safetensors=True,  # never a pickle, which can run code
         )
@@ -76,7 +76,14 @@ def load(
         if not isinstance(pipeline.transformer, ZImageTransformer2DModel):
             found = type(pipeline.transformer).__name__
             raise TypeError(f"its transformer is {found}, not ZImageTransformer2DModel")
-        return prepare(pipeline, model=model, device=device, dtype=precision, switches=switches)
+        return prepare(
+            pipeline,
+            model=model,
+            device=device,
+            dtype=precision,
+            switches=switches,
+            canvas=canvas,
+        )
     except Exception as error:  # the libraries raise anything, from KeyError to AssertionError
         raise ModelUnavailable(
             f"The model {model!r} could not be loaded {place}, "
@@ -92,7 +99,13 @@ def hush() -> None:
 
 
 def prepare(
-    pipeline: ZImagePipeline, *, model: str, device: str, dtype: torch.dtype, switches: Switches
+    pipeline: ZImagePipeline,
+    *,
+    model: str,
+    device: str,
+    dtype: torch.dtype,
+    switches: Switches,
+    canvas: Canvas | None = None,
 ) -> TurboPipeline:
     """Apply `switches` to a pipeline whose weights were just read, and put it on `device`.
 
@@ -112,6 +125,7 @@ def prepare(
         prompt_tokens_max=switches.prompt_tokens_max,
         embedding_cache_mb=switches.embedding_cache_mb,
         offload=switches.offload,
+        canvas=canvas,
     )
 
 

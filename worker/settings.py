@@ -23,8 +23,6 @@ class WorkerSettings(BaseSettings):
     torch knows, with commas between them for a process each."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """`auto` is bfloat16 on a GPU and float32 on a CPU."""
-    data_dir: Path = Path("data")
-    """The demo model is made here on first use."""
 
     # --- How fast, and in how much memory ---
     attention_backend: str = "native"
