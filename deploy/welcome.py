@@ -22,7 +22,8 @@ def welcome(chosen: LocalSettings, data: Path) -> str:
     ]
     if chosen.model == "demo":
         lines += [
-            "               Its weights are random: it draws texture, not your prompt. For images",
+            "               It was trained on drawn shapes: it draws coloured shapes and simple",
+            "               scenes, asked for in English or Chinese, and nothing else. For images",
             "               set ZIMAGE_MODEL=Tongyi-MAI/Z-Image-Turbo, on a machine with a GPU.",
         ]
     if chosen.local_account_id:
@@ -35,7 +36,8 @@ def welcome(chosen: LocalSettings, data: Path) -> str:
             "  Note         Image URLs lead to this machine only; set ZIMAGE_S3_PUBLIC_URL to",
             f"               http://its-address:{chosen.own_s3_port} for others to fetch images.",
         ]
-    body = json.dumps({"model": "z-image-turbo", "prompt": "a cat", "size": "1:1"})
+    prompt = "a red star on a blue background"
+    body = json.dumps({"model": "z-image-turbo", "prompt": prompt, "size": "1:1"})
     return "\n".join(
         [
             *lines,

@@ -77,7 +77,9 @@ def test_health_says_plainly_that_this_is_the_demo_model(anyone: httpx.Client) -
     assert answer.headers["content-type"] == "application/json"
     body = answer.json()
     assert body == {"status": "ok", "model": "demo", "notice": body["notice"]}
-    assert "random" in body["notice"]
+    assert "demo model" in body["notice"]
+    assert "coloured shapes and simple scenes" in body["notice"]
+    assert "nothing else" in body["notice"]
     assert "ZIMAGE_MODEL" in body["notice"]
 
 

@@ -100,7 +100,12 @@ class DrawRequest(BaseModel):
 
     model_config = ConfigDict(
         json_schema_extra={
-            "example": {"prompt": "a red fox in the snow", "width": 768, "height": 768, "seed": 42}
+            "example": {
+                "prompt": "a red star on a blue background",
+                "width": 768,
+                "height": 768,
+                "seed": 42,
+            }
         }
     )
 

@@ -113,7 +113,9 @@ class GenerateRequest(BaseModel):
     """
 
     model_config = ConfigDict(
-        json_schema_extra={"example": {"prompt": "a red fox in the snow", "aspect_ratio": "16:9"}}
+        json_schema_extra={
+            "example": {"prompt": "a red star on a blue background", "aspect_ratio": "16:9"}
+        }
     )
 
     prompt: Annotated[

@@ -100,7 +100,9 @@ class MessagesRequest(_Create):
             "example": {
                 "model": "z-image-turbo",
                 "input": {
-                    "messages": [{"role": "user", "content": [{"text": "a red fox in the snow"}]}]
+                    "messages": [
+                        {"role": "user", "content": [{"text": "a red star on a blue background"}]}
+                    ]
                 },
                 "parameters": {"size": "1120*1440"},
             }
@@ -125,7 +127,7 @@ class PromptRequest(_Create):
         json_schema_extra={
             "example": {
                 "model": "z-image-turbo",
-                "input": {"prompt": "a red fox in the snow"},
+                "input": {"prompt": "a red star on a blue background"},
                 "parameters": {"size": "1024*1024", "n": 1},
             }
         }

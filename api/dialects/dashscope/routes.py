@@ -51,7 +51,7 @@ DRAWN = {
                 "message": {
                     "content": [
                         {"image": "https://images.example.com/x.png"},
-                        {"text": "a red fox in the snow"},
+                        {"text": "a red star on a blue background"},
                     ],
                     "reasoning_content": "",
                     "role": "assistant",

@@ -49,7 +49,11 @@ class GenerationRequest(BaseModel):
 
     model_config = ConfigDict(
         json_schema_extra={
-            "example": {"model": "z-image-turbo", "prompt": "a red fox in the snow", "size": "1:1"}
+            "example": {
+                "model": "z-image-turbo",
+                "prompt": "a red star on a blue background",
+                "size": "1:1",
+            }
         }
     )
 

@@ -41,7 +41,11 @@ class ImagesRequest(BaseModel):
 
     model_config = ConfigDict(
         json_schema_extra={
-            "example": {"model": "z-image-turbo", "prompt": "a red fox in the snow", "n": 1}
+            "example": {
+                "model": "z-image-turbo",
+                "prompt": "a red star on a blue background",
+                "n": 1,
+            }
         }
     )
 
