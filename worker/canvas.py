@@ -72,6 +72,11 @@ def find_canvas(folder: Path) -> Canvas | None:
         ) from None
 
 
+def write(folder: Path, canvas: Canvas) -> None:
+    """Say in `folder` how the model in it is drawn with."""
+    (folder / FILE).write_text(json.dumps({"grids": canvas.grids}) + "\n", encoding="utf-8")
+
+
 def enlarge(latents: torch.Tensor, width: int, height: int) -> torch.Tensor:
     """Return `latents` in the cells of `width` x `height` pixels, or of a larger image that shape.
 

@@ -1,0 +1,172 @@
+"""The transformer learns to paint: from noise and what the text encoder says, to latents.
+
+Flow matching, as Z-Image's scheduler wants it: a noisy picture is `(1 - s) * picture + s * noise`,
+the transformer is told `1 - s` and answers `picture - noise`.
+"""
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
+from transformers import Qwen2Tokenizer, Qwen3Model
+
+from worker.demo import architecture
+from worker.demo.architecture import CELL_PX, GRIDS, LATENT_CHANNELS
+from worker.demo.captions import caption
+from worker.demo.paint import paint
+from worker.demo.scenes import is_held_out, jittered
+from worker.demo.training.autoencoder import enlarged, picture, pixels, signed
+from worker.demo.training.course import optimizers
+from worker.demo.training.reader import padded, said_by, strange
+from worker.demo.training.tokens import asked
+
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Pictures, N x 3 x rows x columns, 8 bit; tokens, N x L; and how many of each are a caption's."""
+
+SQUARE_SHARE = 0.5
+"""Of steps that paint squares; the others paint one of the other shapes each."""
+SHORT_SHARE = 0.75
+"""Of steps with captions of at most 32 tokens, which the transformer pads to."""
+TOKENS_SHORT, TOKENS_LONG = 32, 64
+LOOKS = 2
+"""How often a step looks at each of its pictures, with other noise."""
+STRANGE_STEPS = 25
+"""Every so manieth step has words around its captions that mean nothing here."""
+EXAMPLES = (
+    ("a red star on a blue background", (22, 22)),
+    ("三个黄色的圆形", (22, 22)),
+    ("a small green heart in the top left corner on a white background", (22, 22)),
+    ("a sun over the sea at sunset", (16, 28)),
+    ("a house and a tree on a meadow under the moon at night", (16, 28)),
+    ("紫色背景上的笑脸", (28, 16)),
+    ("a black cross to the left of an orange ring on a pink background", (18, 24)),
+    ("a blue diamond", (22, 22)),
+)
+"""Painted while training, to be looked at."""
+
+
+class Painter:
+    name = "painter"
+    decay = 0.6
+    average = 0.998
+
+    def __init__(
+        self,
+        tokenizer: Qwen2Tokenizer,
+        encoder: Qwen3Model,
+        vae: AutoencoderKL,
+        *,
+        seed: int,
+        steps: int,
+        pictures: int = 20,
+    ) -> None:
+        torch.manual_seed(seed)
+        self.model = _begun(architecture.transformer())
+        self.seed = seed
+        self.steps = steps
+        self.pictures = pictures
+        self._tokenizer = tokenizer
+        self._encoder = encoder.eval().requires_grad_(False)
+        self._vae = vae.eval().requires_grad_(False)
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return optimizers(self.model, (".attention.to_", ".feed_forward."))
+
+    def batch(self, step: int) -> Batch:
+        dice = random.Random(f"{self.seed} painter {step}")
+        rows, columns = GRIDS[0] if dice.random() < SQUARE_SHARE else dice.choice(GRIDS[1:])
+        long = dice.random() >= SHORT_SHARE
+        images: list[NDArray[np.uint8]] = []
+        tokens: list[list[int]] = []
+        while len(images) < self.pictures:
+            scene, words = caption(dice)
+            if step % STRANGE_STEPS == 0:
+                words = f"{words} {strange(dice)}"[:200]
+            read = asked(self._tokenizer, words)
+            if is_held_out(scene) or len(read) > (TOKENS_LONG if long else TOKENS_SHORT):
+                continue
+            painted = paint(
+                jittered(scene, dice), columns * CELL_PX, rows * CELL_PX, tones=dice.getrandbits(32)
+            )
+            images.append(np.asarray(painted))
+            tokens.append(read)
+        return pixels(images), *padded(tokens)
+
+    def loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, Mapping[str, float]]:
+        images, tokens, lengths = batch
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.no_grad():
+                latents = self._vae.encode(signed(images)).latent_dist.mean.float()
+                said = said_by(self._encoder, tokens).float()
+            # To encode a picture costs a quarter of a step: each is looked at more than once.
+            latents, said, lengths = (
+                each.repeat(LOOKS, *[1] * (each.ndim - 1)) for each in (latents, said, lengths)
+            )
+            share = noise_shares(len(latents))
+            noise = torch.randn_like(latents)
+            at = share[:, None, None, None]
+            noisy = (1 - at) * latents + at * noise
+            captions = [one[:length] for one, length in zip(said, lengths.tolist(), strict=True)]
+            answer = torch.stack(
+                self.model(
+                    list(noisy[:, :, None].unbind(0)), 1 - share, captions, return_dict=False
+                )[0]
+            ).float()[:, :, 0]
+        apart = (answer - (latents - noise)).pow(2).mean((1, 2, 3))
+        late, early = share < 0.5, share > 0.85
+        return apart.mean(), {
+            "fine": float(apart.detach()[late].mean()) if late.any() else 0.0,
+            "rough": float(apart.detach()[early].mean()) if early.any() else 0.0,
+        }
+
+    @torch.no_grad()
+    def show(self, folder: Path, step: int) -> None:
+        drawing = architecture.pipeline(self._tokenizer, self._encoder, self._vae, self.model)
+        drawing.set_progress_bar_config(disable=True)
+        sheet = Image.new("RGB", (4 * 330, 4 * 330), "gray")
+        for place, (words, (rows, columns)) in enumerate(EXAMPLES * 2):
+            said = said_by(self._encoder, torch.tensor([asked(self._tokenizer, words)]))[0]
+            latents = drawing(
+                prompt_embeds=[said],
+                width=columns * CELL_PX,
+                height=rows * CELL_PX,
+                num_inference_steps=8,
+                guidance_scale=0.0,
+                generator=torch.Generator().manual_seed(place),
+                output_type="latent",
+            ).images
+            drawn = self._vae.decode(enlarged(latents, rows * 2, columns * 2)).sample[0]
+            sheet.paste(picture(drawn), (place % 4 * 330, place // 4 * 330))
+        sheet.save(folder / f"painter-{step:05}.png")
+
+
+def noise_shares(count: int) -> torch.Tensor:
+    """Return how much of each picture is noise, 0 to 1: logit-normal, shifted as when drawing."""
+    shift = architecture.SCHEDULER["shift"]
+    share = torch.sigmoid(torch.randn(count))
+    shifted: torch.Tensor = shift * share / (1 + (shift - 1) * share)
+    return shifted
+
+
+def _begun(model: Any) -> Any:
+    """Let every block begin by passing on what it gets with a little of its own."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and "adaLN_modulation" in name:
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+            if "layers" in name or "refiner" in name:
+                _, attention, _, feed_forward = module.bias.data.chunk(4)
+                attention.fill_(0.4)
+                feed_forward.fill_(0.4)
+    last = model.all_final_layer["2-1"].linear
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    assert last.out_features == 4 * LATENT_CHANNELS
+    return model
