@@ -42,7 +42,7 @@ PROBES = ("/health", "/ready")
 """Asked every few seconds by whatever watches: only bad news of them is logged."""
 
 DEMO_NOTICE = (
-    "This is the built-in demo model: about six million parameters, trained on drawn shapes. It "
+    "This is the built-in demo model: about eight million parameters, trained on drawn shapes. It "
     "draws coloured shapes and simple scenes, asked for in English or Chinese, such as 'a red star "
     "on a blue background', and nothing else. "
     "Set ZIMAGE_MODEL=Tongyi-MAI/Z-Image-Turbo for real images."

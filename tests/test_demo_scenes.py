@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from worker.demo.captions import Language, Mention, Order, Size, Spot, Wish, said, scene_of, wish
+from worker.demo.captions import Language, said
 from worker.demo.evaluate import questions
 from worker.demo.judge import judge, nearest
 from worker.demo.meaning import HEARD, THINGS_MAX, meaning, scene_in
@@ -29,6 +29,7 @@ from worker.demo.scenes import (
 from worker.demo.training.painter import TOKENS_LONG
 from worker.demo.training.reader import alike
 from worker.demo.training.tokens import tokenizer
+from worker.demo.wishes import Mention, Order, Size, Spot, Wish, scene_of, wish
 
 RED_STAR = Thing(Shape.STAR, Colour.RED, 0.4, 0.5, 0.5)
 ON_BLUE = Background(Ground.PLAIN, Colour.BLUE, Colour.BLUE)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
 """A folder in diffusers' layout, with a canvas: the classes of Z-Image-Turbo at a thousandth of its
-size, about six million parameters, trained on drawn shapes.
+size, about eight million parameters, trained on drawn shapes.
 
 It draws coloured shapes and simple scenes, asked for in English or Chinese, such as "a red star on
 a blue background", and nothing else. What loads it, draws with it and crops its images is what

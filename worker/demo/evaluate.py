@@ -19,10 +19,11 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from worker import loading
-from worker.demo.captions import Language, Order, said, scene_of, wish
+from worker.demo.captions import Language, said
 from worker.demo.judge import judge
 from worker.demo.paint import paint
 from worker.demo.scenes import Scene, is_held_out, jittered
+from worker.demo.wishes import Order, scene_of, wish
 from worker.drawing import Drawing
 from worker.pipeline import TurboPipeline
 

@@ -1,6 +1,6 @@
 """What the demo model knows of the world: a background and up to three things in front of it.
 
-A scene is what a caption says (`captions.py`), what is painted (`paint.py`), and what the text
+A scene is what a caption says (`wishes.py`), what is painted (`paint.py`), and what the text
 encoder must have understood (`meaning.py`). Places and sizes are
 shares: `x` of the width, `y` of the height, `size` of the shorter side.
 """

@@ -24,7 +24,7 @@ from worker.demo.training.reader import Reader
 from worker.demo.training.tokens import tokenizer
 
 SEED = 1
-STEPS = {"autoencoder": 1200, "finer": 400, "reader": 1400, "painter": 6000, "decoder": 900}
+STEPS = {"autoencoder": 1200, "finer": 400, "reader": 1400, "painter": 3600, "decoder": 900}
 
 
 def train(

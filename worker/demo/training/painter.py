@@ -65,7 +65,7 @@ class Painter:
         *,
         seed: int,
         steps: int,
-        pictures: int = 20,
+        pictures: int = 16,
     ) -> None:
         torch.manual_seed(seed)
         self.model = _begun(architecture.transformer())
