@@ -5,7 +5,7 @@ BIN := .venv/bin
 EXTRAS := worker,local,dev
 
 .DEFAULT_GOAL := help
-.PHONY: help up test lint check format lock clean bench bench-compare bench-peers bench-chart bench-waiting bench-worker bench-gpu bench-expiry soak soak-guards
+.PHONY: help up test lint check format lock clean bench bench-compare bench-peers bench-chart bench-waiting bench-worker bench-gpu bench-expiry bench-demo soak soak-guards
 
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' Makefile | \
@@ -53,6 +53,9 @@ bench-gpu: .venv/installed ## Measure the full-size model with random weights, o
 
 bench-expiry: .venv/installed ## Measure what erasing a million old tasks costs the others
 	@$(BIN)/python -m benchmarks.expiry
+
+bench-demo: .venv/installed ## Measure the demo model: loading, drawing, its size
+	@$(BIN)/python -m benchmarks.demo
 
 # What strikes at the moments that guards are for, and workers that are slow enough to be struck.
 GUARD_FAULTS = --seconds 60 --faults 200 --customers 24 --patience-s 90 --seed 6 --kinds \

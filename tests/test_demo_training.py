@@ -31,7 +31,7 @@ class Line:
 
     def __init__(self, steps: int, *, ends_at: int | None = None) -> None:
         torch.manual_seed(0)
-        self.model = torch.nn.Linear(1, 1)
+        self.model: torch.nn.Module = torch.nn.Linear(1, 1)
         self.steps = steps
         self.ends_at = ends_at
         self.shown: list[int] = []

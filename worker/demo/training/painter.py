@@ -143,7 +143,9 @@ class Painter:
                 output_type="latent",
             ).images
             drawn = self._vae.decode(enlarged(latents, rows * 2, columns * 2)).sample[0]
-            sheet.paste(picture(drawn), (place % 4 * 330, place // 4 * 330))
+            tile = picture(drawn)
+            tile.thumbnail((320, 320))
+            sheet.paste(tile, (place % 4 * 330, place // 4 * 330))
         sheet.save(folder / f"painter-{step:05}.png")
 
 
