@@ -24,7 +24,7 @@ from worker.demo.training.reader import Reader
 from worker.demo.training.tokens import tokenizer
 
 SEED = 1
-STEPS = {"autoencoder": 1200, "finer": 400, "reader": 1400, "painter": 3600, "decoder": 900}
+STEPS = {"autoencoder": 1200, "finer": 400, "reader": 1400, "painter": 2300, "decoder": 900}
 
 
 def train(
@@ -55,7 +55,7 @@ def train(
     painter = Painter(tokens, reader.model, vae, seed=seed, steps=steps["painter"])
     take(painter)
     take(Decoder(vae, seed=seed, steps=steps["decoder"]))
-    return save(run / "model", tokens, reader.model, vae, painter.model)
+    return save(run / "model", tokens, reader.model, vae, painter.model.transformer)
 
 
 def save(

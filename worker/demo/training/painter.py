@@ -20,15 +20,17 @@ from transformers import Qwen2Tokenizer, Qwen3Model
 from worker.demo import architecture
 from worker.demo.architecture import CELL_PX, GRIDS, LATENT_CHANNELS
 from worker.demo.captions import caption
-from worker.demo.paint import paint
-from worker.demo.scenes import is_held_out, jittered
+from worker.demo.meaning import THINGS_MAX
+from worker.demo.paint import kept_inside, paint
+from worker.demo.scenes import Scene, is_held_out, jittered
 from worker.demo.training.autoencoder import enlarged, picture, pixels, signed
 from worker.demo.training.course import optimizers
 from worker.demo.training.reader import padded, said_by, strange
 from worker.demo.training.tokens import asked
 
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Pictures, N x 3 x rows x columns, 8 bit; tokens, N x L; and how many of each are a caption's."""
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Pictures, N x 3 x rows x columns, 8 bit; tokens, N x L; how many of each are a caption's; and
+where each patch is as seen from each thing, N x patches x 9 (`around`)."""
 
 SQUARE_SHARE = 0.5
 """Of steps that paint squares; the others paint one of the other shapes each."""
@@ -39,6 +41,10 @@ LOOKS = 2
 """How often a step looks at each of its pictures, with other noise."""
 STRANGE_STEPS = 25
 """Every so manieth step has words around its captions that mean nothing here."""
+WHERE_LAYER, AROUND_LAYER = 0, 2
+"""After which layers the transformer has to know where a patch is, and as seen from the things."""
+PLACE_WAVES = 3
+LOST_WEIGHT = 0.5
 EXAMPLES = (
     ("a red star on a blue background", (22, 22)),
     ("三个黄色的圆形", (22, 22)),
@@ -68,7 +74,7 @@ class Painter:
         pictures: int = 16,
     ) -> None:
         torch.manual_seed(seed)
-        self.model = _begun(architecture.transformer())
+        self.model = Taught(_begun(architecture.transformer()))
         self.seed = seed
         self.steps = steps
         self.pictures = pictures
@@ -84,6 +90,7 @@ class Painter:
         rows, columns = GRIDS[0] if dice.random() < SQUARE_SHARE else dice.choice(GRIDS[1:])
         long = dice.random() >= SHORT_SHARE
         images: list[NDArray[np.uint8]] = []
+        views: list[NDArray[np.float32]] = []
         tokens: list[list[int]] = []
         while len(images) < self.pictures:
             scene, words = caption(dice)
@@ -96,18 +103,20 @@ class Painter:
                 jittered(scene, dice), columns * CELL_PX, rows * CELL_PX, tones=dice.getrandbits(32)
             )
             images.append(np.asarray(painted))
+            views.append(around(scene, rows // 2, columns // 2))
             tokens.append(read)
-        return pixels(images), *padded(tokens)
+        return pixels(images), *padded(tokens), torch.from_numpy(np.stack(views))
 
     def loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, Mapping[str, float]]:
-        images, tokens, lengths = batch
+        images, tokens, lengths, views = batch
         with torch.autocast("cpu", dtype=torch.bfloat16):
             with torch.no_grad():
                 latents = self._vae.encode(signed(images)).latent_dist.mean.float()
                 said = said_by(self._encoder, tokens).float()
             # To encode a picture costs a quarter of a step: each is looked at more than once.
-            latents, said, lengths = (
-                each.repeat(LOOKS, *[1] * (each.ndim - 1)) for each in (latents, said, lengths)
+            latents, said, lengths, views = (
+                each.repeat(LOOKS, *[1] * (each.ndim - 1))
+                for each in (latents, said, lengths, views)
             )
             share = noise_shares(len(latents))
             noise = torch.randn_like(latents)
@@ -120,15 +129,20 @@ class Painter:
                 )[0]
             ).float()[:, :, 0]
         apart = (answer - (latents - noise)).pow(2).mean((1, 2, 3))
+        lost = self.model.lost(places(*latents.shape[-2:]), views)
         late, early = share < 0.5, share > 0.85
-        return apart.mean(), {
+        return apart.mean() + LOST_WEIGHT * lost, {
+            "apart": float(apart.detach().mean()),
+            "lost": float(lost.detach()),
             "fine": float(apart.detach()[late].mean()) if late.any() else 0.0,
             "rough": float(apart.detach()[early].mean()) if early.any() else 0.0,
         }
 
     @torch.no_grad()
     def show(self, folder: Path, step: int) -> None:
-        drawing = architecture.pipeline(self._tokenizer, self._encoder, self._vae, self.model)
+        drawing = architecture.pipeline(
+            self._tokenizer, self._encoder, self._vae, self.model.transformer
+        )
         drawing.set_progress_bar_config(disable=True)
         sheet = Image.new("RGB", (4 * 330, 4 * 330), "gray")
         for place, (words, (rows, columns)) in enumerate(EXAMPLES * 2):
@@ -147,6 +161,68 @@ class Painter:
             tile.thumbnail((320, 320))
             sheet.paste(tile, (place % 4 * 330, place // 4 * 330))
         sheet.save(folder / f"painter-{step:05}.png")
+
+
+class Taught(nn.Module):
+    """The transformer while it learns: it is also asked where each patch is.
+
+    It gets no positions but what attention can turn them into, and without these questions it did
+    not find out for a thousand steps how to: things were blobs. What answers them is thrown away.
+    """
+
+    def __init__(self, transformer: Any) -> None:
+        super().__init__()
+        self.transformer = transformer
+        width = architecture.TRANSFORMER["dim"]
+        self.where = nn.Linear(width, 2 * PLACE_WAVES)
+        self.around = nn.Linear(width, 3 * THINGS_MAX)
+        self._heard: dict[str, torch.Tensor] = {}
+        for name, layer in (("where", WHERE_LAYER), ("around", AROUND_LAYER)):
+            transformer.layers[layer].register_forward_hook(self._hear(name))
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        return self.transformer(*inputs, **options)
+
+    def lost(self, places: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
+        """Return how wrong the layers were in the last forward pass about where patches are."""
+        patches = len(places)
+        where = self.where(self._heard["where"][:, :patches].float())
+        around = self.around(self._heard["around"][:, :patches].float())
+        wrong: torch.Tensor = (where - places).pow(2).mean() + (around - views).pow(2).mean()
+        return wrong
+
+    def _hear(self, name: str) -> Any:
+        def hear(_: nn.Module, __: Any, said: torch.Tensor) -> None:
+            self._heard[name] = said
+
+        return hear
+
+
+def places(rows: int, columns: int) -> torch.Tensor:
+    """Return where each patch of a grid of cells is in the whole, as waves: patches x 2 waves."""
+    down = (torch.arange(rows // 2) + 0.5) / (rows // 2)
+    across = (torch.arange(columns // 2) + 0.5) / (columns // 2)
+    spots = torch.cartesian_prod(down, across)
+    waves = torch.pi * torch.arange(1, PLACE_WAVES + 1)
+    return torch.cos(spots[:, :, None] * waves).flatten(1)
+
+
+def around(scene: Scene, rows: int, columns: int) -> NDArray[np.float32]:
+    """Return how each patch lies to each thing that was asked for, patches x 9.
+
+    Of each thing: how near its middle is, and how far to the right of it and below it the patch is,
+    in sizes of the thing, from -1 to 1. Of a thing that is not there: zeros.
+    """
+    seen = np.zeros((rows, columns, THINGS_MAX, 3), np.float32)
+    for place, thing in enumerate(scene.things):
+        x, y = kept_inside(thing, columns, rows)
+        half = thing.size / 2 * min(rows, columns)
+        right = ((np.arange(columns) + 0.5) - x * columns)[None, :] / half
+        below = ((np.arange(rows) + 0.5) - y * rows)[:, None] / half
+        seen[:, :, place, 0] = np.exp(-(right**2 + below**2))
+        seen[:, :, place, 1] = np.tanh(right)
+        seen[:, :, place, 2] = np.tanh(below)
+    return seen.reshape(rows * columns, -1)
 
 
 def noise_shares(count: int) -> torch.Tensor:
