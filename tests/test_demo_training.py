@@ -61,7 +61,7 @@ def _dice_as_they_were() -> Iterator[None]:
 
 
 def weights(model: torch.nn.Module) -> list[float]:
-    return [float(weight) for each in model.parameters() for weight in each.flatten()]
+    return [float(weight) for each in model.parameters() for weight in each.detach().flatten()]
 
 
 def test_a_course_teaches_shows_and_logs(tmp_path: Path) -> None:

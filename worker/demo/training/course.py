@@ -74,7 +74,7 @@ def run(lesson: Lesson, folder: Path, *, show_steps: int | None = 500, helpers: 
         lesson.model.load_state_dict(state["model"])
         for optimizer, its_state in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(its_state)
-    log = (folder / f"{lesson.name}.tsv").open("a")
+    log = folder / f"{lesson.name}.tsv"
     shown: dict[str, float] = {}
     progress = tqdm(
         _batches(lesson, begin, helpers),
@@ -100,8 +100,8 @@ def run(lesson: Lesson, folder: Path, *, show_steps: int | None = 500, helpers: 
             shown[name] = shown.get(name, value) * 0.95 + value * 0.05
         if (step + 1) % 50 == 0:
             progress.set_postfix({name: f"{value:.4f}" for name, value in shown.items()})
-            log.write("\t".join([str(step + 1), *(f"{v:.5f}" for v in shown.values())]) + "\n")
-            log.flush()
+            with log.open("a") as rows:
+                rows.write("\t".join([str(step + 1), *(f"{v:.5f}" for v in shown.values())]) + "\n")
         ended = step + 1 == lesson.steps
         if (step + 1) % SAVE_STEPS == 0 or ended:
             state = {

@@ -79,8 +79,8 @@ class Painter:
         self.steps = steps
         self.pictures = pictures
         self._tokenizer = tokenizer
-        self._encoder = encoder.eval().requires_grad_(False)
-        self._vae = vae.eval().requires_grad_(False)
+        self._encoder = encoder.eval()
+        self._vae = vae.eval()
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         return optimizers(self.model, (".attention.to_", ".feed_forward."))
