@@ -7,23 +7,21 @@ box. What `worker/demo/paint.py` painted is judged right nearly always: a test s
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import permutations
-from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from worker.demo.contours import REFERENCE_PX, Mask, Pixels, box, shape_of
+from worker.demo.outlines import silhouette
 from worker.demo.paint import (
     GROUNDS,
     NIGHT_SHADE,
     RGB,
     SKIES,
-    SUPERSAMPLING,
     kept_inside,
-    silhouette,
 )
 from worker.demo.scenes import (
     HORIZON,
@@ -49,12 +47,6 @@ PLACE_TOLERANCE = 0.1
 """Of the width, or of the height."""
 SIZE_TOLERANCE = 0.25 + SIZE_JITTER
 """Of the size."""
-SILHOUETTE_PX = 64
-TURNS_DEG = (-8.0, -4.0, 0.0, 4.0, 8.0)
-
-Pixels = NDArray[np.uint8]
-Mask = NDArray[Any]
-"""0 or 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +146,7 @@ def things_in(pixels: Pixels, ground: Ground) -> list[Seen]:
             (
                 area,
                 Seen(
-                    _shape(piece, colours),
+                    shape_of(piece, colours),
                     _main_colour(piece, colours),
                     (left + wide / 2) / width,
                     (top + high / 2) / height,
@@ -178,19 +170,13 @@ def _shrunk(picture: Image.Image) -> Pixels:
 
 def _as_it_would_be_seen(thing: Thing, width: int, height: int) -> Seen:
     x, y = kept_inside(thing, width, height)
-    left, top, right, bottom = _box(silhouette(thing.shape, SILHOUETTE_PX * SUPERSAMPLING))
-    share = SILHOUETTE_PX * SUPERSAMPLING
+    left, top, right, bottom = box(silhouette(thing.shape, REFERENCE_PX))
     shorter = min(width, height)
     # A heart's box, say, is not in the middle of the circle that it is drawn in.
-    x += ((left + right) / share - 1) / 2 * thing.size * shorter / width
-    y += ((top + bottom) / share - 1) / 2 * thing.size * shorter / height
-    longer = max(right - left, bottom - top) / share
+    x += ((left + right) / REFERENCE_PX - 1) / 2 * thing.size * shorter / width
+    y += ((top + bottom) / REFERENCE_PX - 1) / 2 * thing.size * shorter / height
+    longer = max(right - left, bottom - top) / REFERENCE_PX
     return Seen(thing.shape, thing.colour, x, y, thing.size * longer)
-
-
-def _box(mask: Mask) -> tuple[int, int, int, int]:
-    left, top, wide, high = cv2.boundingRect((mask > 0).astype(np.uint8))
-    return left, top, left + wide, top + high
 
 
 def _paired(wanted: list[Seen], found: list[Seen]) -> Iterator[tuple[Seen, Seen]]:
@@ -257,70 +243,3 @@ def _main_colour(piece: Mask, pixels: Pixels) -> Colour:
     table = np.array(list(RGB.values()), dtype=np.float32)
     nearest_ones = np.linalg.norm(chosen[:, None] - table[None], axis=2).argmin(axis=1)
     return list(RGB)[int(np.bincount(nearest_ones, minlength=len(RGB)).argmax())]
-
-
-def _shape(piece: Mask, pixels: Pixels) -> Shape:
-    """Return the shape whose silhouette covers most of what a piece covers."""
-    framed = _framed(piece * 255)
-    filled = _framed(_without_small_holes(piece) * 255)
-
-    def alike(shape: Shape) -> float:
-        own = framed if shape is Shape.RING else filled
-        return max(
-            float(np.minimum(own, other).sum() / np.maximum(own, other).sum())
-            for other in _silhouettes(shape)
-        )
-
-    best = max((shape for shape in Shape if shape is not Shape.FACE), key=alike)
-    if best in (Shape.CIRCLE, Shape.RING) and _has_features(piece, pixels):
-        return Shape.FACE
-    return best
-
-
-def _has_features(piece: Mask, pixels: Pixels) -> bool:
-    """Whether a round thing has eyes: two dark spots, or holes, in its upper half."""
-    high, wide = piece.shape
-    solid = _without_small_holes(piece)
-    main = np.median(pixels[piece > 0], axis=0)
-    other = (np.linalg.norm(pixels.astype(np.float32) - main, axis=2) > 60).astype(np.uint8)
-    kernel = np.ones((max(3, high // 12),) * 2, np.uint8)
-    inner = cv2.erode(solid, kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0)
-    upper = (other & inner)[: high // 2]
-    left, right = upper[:, : wide // 2].mean(), upper[:, wide // 2 :].mean()
-    return bool(min(left, right) > 0.015 and max(left, right) < 0.4)
-
-
-def _without_small_holes(piece: Mask) -> Mask:
-    """Fill holes of less than a ninth of the piece, such as eyes that are as dark as the night."""
-    contours, levels = cv2.findContours(piece, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    solid = piece.copy()
-    for contour, (_, _, _, parent) in zip(
-        contours, levels[0] if levels is not None else [], strict=True
-    ):
-        if parent >= 0 and cv2.contourArea(contour) < piece.sum() / 9:
-            cv2.drawContours(solid, [contour], -1, 1, cv2.FILLED)
-    return solid
-
-
-def _framed(mask: Mask) -> NDArray[np.float32]:
-    """Return a mask's content in the middle of a square, as large as it fits, 0 to 1."""
-    left, top, right, bottom = _box(mask)
-    content = mask[top:bottom, left:right]
-    factor = SILHOUETTE_PX / max(content.shape)
-    size = (max(1, round(content.shape[1] * factor)), max(1, round(content.shape[0] * factor)))
-    fitted = cv2.resize(content, size, interpolation=cv2.INTER_AREA)
-    frame = np.zeros((SILHOUETTE_PX, SILHOUETTE_PX), np.float32)
-    x, y = (SILHOUETTE_PX - size[0]) // 2, (SILHOUETTE_PX - size[1]) // 2
-    frame[y : y + size[1], x : x + size[0]] = fitted / 255
-    return frame
-
-
-@cache
-def _silhouettes(shape: Shape) -> list[NDArray[np.float32]]:
-    side = SILHOUETTE_PX * SUPERSAMPLING
-    upright = np.pad(silhouette(shape, side), side // 4)
-    middle = (upright.shape[0] / 2,) * 2
-    return [
-        _framed(cv2.warpAffine(upright, cv2.getRotationMatrix2D(middle, turn, 1.0), upright.shape))
-        for turn in TURNS_DEG
-    ]
