@@ -26,7 +26,10 @@ class Lesson(Protocol):
     """The last share of the steps, in which the learning rate sinks to nothing."""
     average: float
     """How much of the averaged weights stays at each step; the averaged ones are what is kept."""
-    model: torch.nn.Module
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """What learns, its weights in place."""
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Each with the learning rate of the course's middle."""
