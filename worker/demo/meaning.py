@@ -7,11 +7,13 @@ thing: the transformer then has to learn how scenes look, and not also how peopl
 
 from collections.abc import Sequence
 from enum import StrEnum
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from worker.demo.architecture import TEXT_WIDTH
+from worker.demo.outlines import silhouette
 from worker.demo.scenes import Background, Colour, Ground, Scene, Shape, Sky, Thing
 
 BACKGROUND, FIRST, SECOND, THIRD = "<|background|>", "<|first|>", "<|second|>", "<|third|>"
@@ -28,6 +30,9 @@ STEPS = np.linspace(0.1, 0.9, 9)
 """Places from left to right or from top to bottom: the ones nearest say how near."""
 SIZE_STEPS = np.linspace(0.1, 0.7, 7)
 STEP_WIDTH = 0.1
+THUMB_PX = 6
+"""The side of the tiny silhouette of a shape, which is said beside its name: what a patch shows is
+then the same question for all shapes, and not one for each of fifteen names."""
 
 Numbers = NDArray[np.float32]
 
@@ -37,9 +42,9 @@ def _layout(*lengths: int) -> list[slice]:
     return [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
 
 
-GROUND, SKY, COLOUR, TOWARDS, ABSENT, SHAPE, HUE, SIZE, X, Y, ROW = _layout(
+GROUND, SKY, COLOUR, TOWARDS, ABSENT, SHAPE, HUE, SIZE, X, Y, ROW, OUTLINE = _layout(
     len(GROUNDS), len(SKIES), len(COLOURS), len(COLOURS), 1,
-    len(SHAPES), len(COLOURS), len(SIZE_STEPS), len(STEPS), len(STEPS), len(HEARD),
+    len(SHAPES), len(COLOURS), len(SIZE_STEPS), len(STEPS), len(STEPS), len(HEARD), THUMB_PX**2,
 )  # fmt: skip
 """Where in a row of `TEXT_WIDTH` numbers each thing is said."""
 SILENT = TEXT_WIDTH - 1
@@ -63,11 +68,19 @@ def meaning(scene: Scene) -> Numbers:
             continue
         thing = scene.things[place - 1]
         said[place, SHAPE] = _one(SHAPES, thing.shape)
+        said[place, OUTLINE] = thumb(thing.shape)
         said[place, HUE] = _one(COLOURS, thing.colour)
         said[place, SIZE] = _near(SIZE_STEPS, thing.size)
         said[place, X] = _near(STEPS, thing.x)
         said[place, Y] = _near(STEPS, thing.y)
     return said
+
+
+@cache
+def thumb(shape: Shape) -> Numbers:
+    """Return how much of each of 6 x 6 fields a shape covers, row by row."""
+    tiles = silhouette(shape, THUMB_PX * 32).reshape(THUMB_PX, 32, THUMB_PX, 32)
+    return (tiles.mean((1, 3)).ravel() / 255 * LOUD).astype(np.float32)
 
 
 def scene_in(said: Numbers) -> Scene:

@@ -91,7 +91,7 @@ HORIZON = 0.58
 MARGIN = 0.03
 """Between a thing and the edge, as a share of the shorter side."""
 
-PLACE_JITTER, SIZE_JITTER, TURN_JITTER_DEG = 0.025, 0.06, 5.0
+PLACE_JITTER, SIZE_JITTER, TURN_JITTER_DEG = 0.015, 0.04, 3.0
 """How far a painted thing is from what its caption says: what a seed decides."""
 
 

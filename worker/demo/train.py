@@ -24,7 +24,7 @@ from worker.demo.training.reader import Reader
 from worker.demo.training.tokens import tokenizer
 
 SEED = 1
-STEPS = {"autoencoder": 1200, "finer": 400, "reader": 1400, "painter": 2300, "decoder": 900}
+STEPS = {"autoencoder": 1200, "finer": 400, "reader": 1400, "painter": 1900, "decoder": 250}
 
 
 def train(

@@ -28,9 +28,10 @@ from worker.demo.training.course import optimizers
 from worker.demo.training.reader import padded, said_by, strange
 from worker.demo.training.tokens import asked
 
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""Pictures, N x 3 x rows x columns, 8 bit; tokens, N x L; how many of each are a caption's; and
-where each patch is as seen from each thing, N x patches x 9 (`around`)."""
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Pictures, N x 3 x rows x columns, 8 bit; tokens, N x L; how many of each are a caption's; where
+each patch is as seen from each thing, N x patches x 9 (`around`); and sketches, N x patches x 48.
+"""
 
 SQUARE_SHARE = 0.5
 """Of steps that paint squares; the others paint one of the other shapes each."""
@@ -41,10 +42,13 @@ LOOKS = 2
 """How often a step looks at each of its pictures, with other noise."""
 STRANGE_STEPS = 25
 """Every so manieth step has words around its captions that mean nothing here."""
-WHERE_LAYER, AROUND_LAYER = 0, 2
-"""After which layers the transformer has to know where a patch is, and as seen from the things."""
+QUESTIONS = {"where": 0, "around": 2, "sketch": 4}
+"""After which layers the transformer is asked where a patch is in the picture, where it is as seen
+from the things, and what is to be seen there."""
 PLACE_WAVES = 3
-LOST_WEIGHT = 0.5
+SKETCH_PX = 4
+"""A patch's side in sketches."""
+LOST_WEIGHT, VAGUE_WEIGHT = 0.5, 1.0
 EXAMPLES = (
     ("a red star on a blue background", (22, 22)),
     ("三个黄色的圆形", (22, 22)),
@@ -91,6 +95,7 @@ class Painter:
         long = dice.random() >= SHORT_SHARE
         images: list[NDArray[np.uint8]] = []
         views: list[NDArray[np.float32]] = []
+        sketches: list[NDArray[np.float32]] = []
         tokens: list[list[int]] = []
         while len(images) < self.pictures:
             scene, words = caption(dice)
@@ -104,19 +109,21 @@ class Painter:
             )
             images.append(np.asarray(painted))
             views.append(around(scene, rows // 2, columns // 2))
+            sketches.append(sketch(scene, rows // 2, columns // 2))
             tokens.append(read)
-        return pixels(images), *padded(tokens), torch.from_numpy(np.stack(views))
+        asides = (torch.from_numpy(np.stack(each)) for each in (views, sketches))
+        return (pixels(images), *padded(tokens), *asides)  # type: ignore[return-value]
 
     def loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, Mapping[str, float]]:
-        images, tokens, lengths, views = batch
+        images, tokens, lengths, views, sketches = batch
         with torch.autocast("cpu", dtype=torch.bfloat16):
             with torch.no_grad():
                 latents = self._vae.encode(signed(images)).latent_dist.mean.float()
                 said = said_by(self._encoder, tokens).float()
             # To encode a picture costs a quarter of a step: each is looked at more than once.
-            latents, said, lengths, views = (
+            latents, said, lengths, views, sketches = (
                 each.repeat(LOOKS, *[1] * (each.ndim - 1))
-                for each in (latents, said, lengths, views)
+                for each in (latents, said, lengths, views, sketches)
             )
             share = noise_shares(len(latents))
             noise = torch.randn_like(latents)
@@ -129,11 +136,12 @@ class Painter:
                 )[0]
             ).float()[:, :, 0]
         apart = (answer - (latents - noise)).pow(2).mean((1, 2, 3))
-        lost = self.model.lost(places(*latents.shape[-2:]), views)
+        lost, vague = self.model.asked(places(*latents.shape[-2:]), views, sketches)
         late, early = share < 0.5, share > 0.85
-        return apart.mean() + LOST_WEIGHT * lost, {
+        return apart.mean() + LOST_WEIGHT * lost + VAGUE_WEIGHT * vague, {
             "apart": float(apart.detach().mean()),
             "lost": float(lost.detach()),
+            "vague": float(vague.detach()),
             "fine": float(apart.detach()[late].mean()) if late.any() else 0.0,
             "rough": float(apart.detach()[early].mean()) if early.any() else 0.0,
         }
@@ -164,10 +172,10 @@ class Painter:
 
 
 class Taught(nn.Module):
-    """The transformer while it learns: it is also asked where each patch is.
+    """The transformer while it learns: it is also asked where each patch is, and for a sketch.
 
-    It gets no positions but what attention can turn them into, and without these questions it did
-    not find out for a thousand steps how to: things were blobs. What answers them is thrown away.
+    However much noise there is, it then learns from every picture what was asked for looks like:
+    from noisy latents alone, shapes were blobs for a thousand steps. What answers is thrown away.
     """
 
     def __init__(self, transformer: Any) -> None:
@@ -176,20 +184,24 @@ class Taught(nn.Module):
         width = architecture.TRANSFORMER["dim"]
         self.where = nn.Linear(width, 2 * PLACE_WAVES)
         self.around = nn.Linear(width, 3 * THINGS_MAX)
+        self.sketch = nn.Linear(width, 3 * SKETCH_PX**2)
         self._heard: dict[str, torch.Tensor] = {}
-        for name, layer in (("where", WHERE_LAYER), ("around", AROUND_LAYER)):
+        for name, layer in QUESTIONS.items():
             transformer.layers[layer].register_forward_hook(self._hear(name))
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         return self.transformer(*inputs, **options)
 
-    def lost(self, places: torch.Tensor, views: torch.Tensor) -> torch.Tensor:
-        """Return how wrong the layers were in the last forward pass about where patches are."""
+    def asked(
+        self, places: torch.Tensor, views: torch.Tensor, sketches: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return how wrong the last forward pass was about where patches are, and in its sketch."""
         patches = len(places)
-        where = self.where(self._heard["where"][:, :patches].float())
-        around = self.around(self._heard["around"][:, :patches].float())
-        wrong: torch.Tensor = (where - places).pow(2).mean() + (around - views).pow(2).mean()
-        return wrong
+        where, around, sketch = (
+            getattr(self, name)(self._heard[name][:, :patches].float()) for name in QUESTIONS
+        )
+        lost = (where - places).pow(2).mean() + (around - views).pow(2).mean()
+        return lost, (sketch - sketches).pow(2).mean()
 
     def _hear(self, name: str) -> Any:
         def hear(_: nn.Module, __: Any, said: torch.Tensor) -> None:
@@ -223,6 +235,13 @@ def around(scene: Scene, rows: int, columns: int) -> NDArray[np.float32]:
         seen[:, :, place, 1] = np.tanh(right)
         seen[:, :, place, 2] = np.tanh(below)
     return seen.reshape(rows * columns, -1)
+
+
+def sketch(scene: Scene, rows: int, columns: int) -> NDArray[np.float32]:
+    """Return what is to be seen in each patch, patches x 48: 4 x 4 pixels of RGB from -1 to 1."""
+    painted = np.asarray(paint(scene, columns * SKETCH_PX, rows * SKETCH_PX), np.float32)
+    tiles = painted.reshape(rows, SKETCH_PX, columns, SKETCH_PX, 3).swapaxes(1, 2)
+    return tiles.reshape(rows * columns, -1) / 127.5 - 1
 
 
 def noise_shares(count: int) -> torch.Tensor:
