@@ -39,14 +39,17 @@ class Line:
     def optimizers(self) -> list[torch.optim.Optimizer]:
         return [torch.optim.Adam(self.model.parameters(), lr=0.3)]
 
-    def batch(self, step: int) -> torch.Tensor:
+    def batch(self, step: int) -> list[torch.Tensor]:
         if step == self.ends_at:
             raise KeyboardInterrupt
-        return torch.randn(16, 1, generator=torch.Generator().manual_seed(step))
+        return [torch.randn(16, 1, generator=torch.Generator().manual_seed(step))]
 
-    def loss(self, batch: torch.Tensor, step: int) -> tuple[torch.Tensor, Mapping[str, float]]:
-        noise = 0.01 * torch.randn_like(batch)
-        return (self.model(batch) - (3 * batch - 1 + noise)).pow(2).mean(), {
+    def loss(
+        self, batch: list[torch.Tensor], step: int
+    ) -> tuple[torch.Tensor, Mapping[str, float]]:
+        (points,) = batch
+        noise = 0.01 * torch.randn_like(points)
+        return (self.model(points) - (3 * points - 1 + noise)).pow(2).mean(), {
             "noise": float(noise[0])
         }
 

@@ -80,7 +80,8 @@ def meaning(scene: Scene) -> Numbers:
 def thumb(shape: Shape) -> Numbers:
     """Return how much of each of 6 x 6 fields a shape covers, row by row."""
     tiles = silhouette(shape, THUMB_PX * 32).reshape(THUMB_PX, 32, THUMB_PX, 32)
-    return (tiles.mean((1, 3)).ravel() / 255 * LOUD).astype(np.float32)
+    covered: Numbers = (tiles.mean((1, 3)).ravel() / 255 * LOUD).astype(np.float32)
+    return covered
 
 
 def scene_in(said: Numbers) -> Scene:

@@ -24,7 +24,7 @@ from worker.demo.training.reader import Reader
 from worker.demo.training.tokens import tokenizer
 
 SEED = 1
-STEPS = {"autoencoder": 1200, "finer": 400, "reader": 1400, "painter": 1900, "decoder": 250}
+STEPS = {"autoencoder": 1200, "finer": 400, "reader": 1800, "painter": 6000, "decoder": 900}
 
 
 def train(
@@ -32,6 +32,7 @@ def train(
     *,
     seed: int,
     share: float = 1.0,
+    device: str = "cpu",
     helpers: int = 1,
     show_steps: int | None = 500,
 ) -> Path:
@@ -46,11 +47,11 @@ def train(
 
     steps = {name: max(2, round(count * share)) for name, count in STEPS.items()}
     tokens = _tokenizer(run / "tokenizer", seed)
-    autoencoder = Autoencoder(seed=seed, steps=steps["autoencoder"])
+    autoencoder = Autoencoder(seed=seed, steps=steps["autoencoder"], device=device)
     take(autoencoder)
     vae = autoencoder.model
     take(Finer(vae, seed=seed, steps=steps["finer"]))
-    reader = Reader(tokens, seed=seed, steps=steps["reader"])
+    reader = Reader(tokens, seed=seed, steps=steps["reader"], device=device)
     take(reader)
     painter = Painter(tokens, reader.model, vae, seed=seed, steps=steps["painter"])
     take(painter)
@@ -66,7 +67,7 @@ def save(
     transformer: torch.nn.Module,
 ) -> Path:
     """Write a model as diffusers lays it out, in half precision, with its canvas."""
-    parts = [part.half() for part in (encoder, vae, transformer)]
+    parts = [part.to("cpu", torch.float16) for part in (encoder, vae, transformer)]
     shutil.rmtree(folder, ignore_errors=True)
     architecture.pipeline(tokens, *parts).save_pretrained(folder)
     canvas.write(folder, Canvas(tuple(Grid(*grid) for grid in architecture.GRIDS)))
@@ -87,6 +88,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--run", type=Path, default=Path(".demo"), help="what is kept meanwhile")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--helpers", type=int, default=1, help="processes that paint meanwhile")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument(
         "--share", type=float, default=1.0, help="of the steps: 0.01 is a rehearsal"
@@ -95,7 +98,13 @@ def main() -> None:
         "--install", action="store_true", help=f"then put it in the place of {WEIGHTS.name}/"
     )
     chosen = parser.parse_args()
-    model = train(chosen.run, seed=chosen.seed, share=chosen.share)
+    model = train(
+        chosen.run,
+        seed=chosen.seed,
+        share=chosen.share,
+        device=chosen.device,
+        helpers=chosen.helpers,
+    )
     print(
         f"The model is in {model}. How good it is: python -m worker.demo.evaluate --model {model}"
     )

@@ -67,9 +67,9 @@ class Autoencoder:
     decay = 0.6
     average = 0.995
 
-    def __init__(self, *, seed: int, steps: int) -> None:
+    def __init__(self, *, seed: int, steps: int, device: str = "cpu") -> None:
         torch.manual_seed(seed)
-        self.model = architecture.autoencoder()
+        self.model = architecture.autoencoder().to(device)
         # torch's own first weights let signals fade: with them nothing was learned in 250 steps.
         for module in self.model.modules():
             if isinstance(module, nn.Conv2d):
@@ -88,7 +88,7 @@ class Autoencoder:
 
     def loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, Mapping[str, float]]:
         wholes, pieces, _, _ = batch
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(wholes.device.type, dtype=torch.bfloat16):
             latents = self.model.encode(signed(wholes)).latent_dist.mean.float()
             drawn = drawn_from(self.model, latents, batch)
         apart, edges = differences(drawn, signed(pieces))
@@ -137,7 +137,7 @@ class Decoder:
 
     def loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, Mapping[str, float]]:
         wholes, pieces, _, _ = batch
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(wholes.device.type, dtype=torch.bfloat16):
             with torch.no_grad():
                 latents = self.model.encode(signed(wholes)).latent_dist.mean.float()
             drawn = drawn_from(self.model, latents, batch)
@@ -156,7 +156,7 @@ def show(vae: AutoencoderKL, file: Path) -> None:
     for place in range(6):
         scene, tones = anything(dice), dice.getrandbits(32)
         whole = pixels([np.asarray(paint(scene, 176, 176, tones=tones))])
-        latents = vae.encode(signed(whole)).latent_dist.mean
+        latents = vae.encode(signed(whole).to(vae.device)).latent_dist.mean
         drawn = vae.decode(enlarged(latents, 64, 64)).sample[0]
         sheet.paste(paint(scene, 512, 512, tones=tones), (place * 512, 0))
         sheet.paste(picture(drawn), (place * 512, 512))
@@ -167,7 +167,7 @@ def drawn_from(vae: AutoencoderKL, latents: torch.Tensor, batch: Batch) -> torch
     """Return the batch's crops as drawn from noisy, enlarged latents, -1 to 1."""
     wholes, pieces, corners, scale = batch
     side, span = int(wholes.shape[-1] // CELL_PX * scale), pieces.shape[-1] // CELL_PX
-    noise = torch.rand(len(latents), 1, 1, 1) * NOISE_MAX
+    noise = torch.rand(len(latents), 1, 1, 1, device=latents.device) * NOISE_MAX
     noisy = enlarged(latents + noise * torch.randn_like(latents), side, side)
     seen = torch.stack(
         [
@@ -245,4 +245,4 @@ def signed(images: torch.Tensor) -> torch.Tensor:
 def picture(values: torch.Tensor) -> Image.Image:
     """Return decoded values, 3 x rows x columns from -1 to 1, as an image."""
     eight_bit = ((values.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return Image.fromarray(eight_bit.permute(1, 2, 0).numpy())
+    return Image.fromarray(eight_bit.permute(1, 2, 0).cpu().numpy())

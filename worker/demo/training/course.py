@@ -1,7 +1,7 @@
 """A course of training: it can be interrupted, goes on where it was, and repeats by seed."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,11 +34,14 @@ class Lesson(Protocol):
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Each with the learning rate of the course's middle."""
 
-    def batch(self, step: int) -> Any:
+    def batch(self, step: int) -> Sequence[Any]:
         """Return what step `step` learns from; in another process, and the same every time."""
 
     def loss(self, batch: Any, step: int) -> tuple[torch.Tensor, Mapping[str, float]]:
-        """Return what is to be lowered, and figures for whoever watches."""
+        """Return what is to be lowered, and figures for whoever watches.
+
+        The batch's tensors are where the model is.
+        """
 
     def show(self, folder: Path, step: int) -> None:
         """Write what can be looked at, with the averaged weights in `model`."""
@@ -64,6 +67,7 @@ def run(lesson: Lesson, folder: Path, *, show_steps: int | None = 500, helpers: 
     `show_steps` is None, nothing is shown.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    device = next(lesson.model.parameters()).device
     kept = folder / f"{lesson.name}.pt"
     optimizers = lesson.optimizers()
     for optimizer in optimizers:
@@ -72,7 +76,7 @@ def run(lesson: Lesson, folder: Path, *, show_steps: int | None = 500, helpers: 
     average = deepcopy(lesson.model.state_dict())
     begin = 0
     if kept.exists():
-        state = torch.load(kept, weights_only=True)
+        state = torch.load(kept, weights_only=True, map_location=device)
         begin, average = state["step"], state["average"]
         lesson.model.load_state_dict(state["model"])
         for optimizer, its_state in zip(optimizers, state["optimizers"], strict=True):
@@ -92,7 +96,8 @@ def run(lesson: Lesson, folder: Path, *, show_steps: int | None = 500, helpers: 
                 group["lr"] = group["peak_lr"] * pace(step, lesson.steps, lesson.decay)
         # What is random in a step depends on its number alone, so that going on repeats it.
         torch.manual_seed(step)
-        loss, figures = lesson.loss(batch, step)
+        here = [each.to(device) if isinstance(each, torch.Tensor) else each for each in batch]
+        loss, figures = lesson.loss(here, step)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(lesson.model.parameters(), CLIP_NORM)
         for optimizer in optimizers:

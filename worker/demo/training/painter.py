@@ -78,7 +78,7 @@ class Painter:
         pictures: int = 16,
     ) -> None:
         torch.manual_seed(seed)
-        self.model = Taught(_begun(architecture.transformer()))
+        self.model = Taught(_begun(architecture.transformer())).to(vae.device)
         self.seed = seed
         self.steps = steps
         self.pictures = pictures
@@ -116,7 +116,7 @@ class Painter:
 
     def loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, Mapping[str, float]]:
         images, tokens, lengths, views, sketches = batch
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(images.device.type, dtype=torch.bfloat16):
             with torch.no_grad():
                 latents = self._vae.encode(signed(images)).latent_dist.mean.float()
                 said = said_by(self._encoder, tokens).float()
@@ -125,7 +125,7 @@ class Painter:
                 each.repeat(LOOKS, *[1] * (each.ndim - 1))
                 for each in (latents, said, lengths, views, sketches)
             )
-            share = noise_shares(len(latents))
+            share = noise_shares(len(latents)).to(latents.device)
             noise = torch.randn_like(latents)
             at = share[:, None, None, None]
             noisy = (1 - at) * latents + at * noise
@@ -136,7 +136,8 @@ class Painter:
                 )[0]
             ).float()[:, :, 0]
         apart = (answer - (latents - noise)).pow(2).mean((1, 2, 3))
-        lost, vague = self.model.asked(places(*latents.shape[-2:]), views, sketches)
+        spots = places(*latents.shape[-2:]).to(latents.device)
+        lost, vague = self.model.asked(spots, views, sketches)
         late, early = share < 0.5, share > 0.85
         return apart.mean() + LOST_WEIGHT * lost + VAGUE_WEIGHT * vague, {
             "apart": float(apart.detach().mean()),
@@ -154,7 +155,10 @@ class Painter:
         drawing.set_progress_bar_config(disable=True)
         sheet = Image.new("RGB", (4 * 330, 4 * 330), "gray")
         for place, (words, (rows, columns)) in enumerate(EXAMPLES * 2):
-            said = said_by(self._encoder, torch.tensor([asked(self._tokenizer, words)]))[0]
+            said = said_by(
+                self._encoder,
+                torch.tensor([asked(self._tokenizer, words)], device=self._vae.device),
+            )[0]
             latents = drawing(
                 prompt_embeds=[said],
                 width=columns * CELL_PX,

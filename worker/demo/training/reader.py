@@ -30,9 +30,17 @@ class Reader:
     decay = 0.7
     average = 0.995
 
-    def __init__(self, tokenizer: Qwen2Tokenizer, *, seed: int, steps: int, rows: int = 64) -> None:
+    def __init__(
+        self,
+        tokenizer: Qwen2Tokenizer,
+        *,
+        seed: int,
+        steps: int,
+        device: str = "cpu",
+        rows: int = 64,
+    ) -> None:
         torch.manual_seed(seed)
-        self.model = architecture.text_encoder(len(tokenizer))
+        self.model = architecture.text_encoder(len(tokenizer)).to(device)
         self.seed = seed
         self.steps = steps
         self.rows = rows
@@ -59,11 +67,11 @@ class Reader:
 
     def loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, Mapping[str, float]]:
         tokens, lengths, meanings = batch
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
             said = said_by(self.model, tokens).float()
         heard, others = split(said, lengths)
         wrong = (heard - meanings).pow(2).sum(-1).mean()
-        silence = torch.zeros(TEXT_WIDTH)
+        silence = torch.zeros(TEXT_WIDTH, device=said.device)
         silence[SILENT] = LOUD
         noise = (others - silence).pow(2).sum(-1).mean()
         return wrong + SILENCE_WEIGHT * noise, {
@@ -79,8 +87,8 @@ class Reader:
         understood = 0
         lines = []
         for scene, words in captions:
-            tokens = torch.tensor([asked(self._tokenizer, words)])
-            heard = scene_in(said_by(self.model, tokens)[0, -len(HEARD) :].numpy())
+            tokens = torch.tensor([asked(self._tokenizer, words)], device=self.model.device)
+            heard = scene_in(said_by(self.model, tokens)[0, -len(HEARD) :].cpu().numpy())
             if alike(scene, heard):
                 understood += 1
             else:
@@ -108,7 +116,7 @@ def padded(tokens: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 
 def split(said: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what is said at the last four tokens, N x 4 x width, and at all before, M x width."""
-    place = torch.arange(said.shape[1])[None]
+    place = torch.arange(said.shape[1], device=said.device)[None]
     ends = lengths[:, None]
     heard = said[(place >= ends - len(HEARD)) & (place < ends)]
     return heard.view(len(said), len(HEARD), -1), said[place < ends - len(HEARD)]
