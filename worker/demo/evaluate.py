@@ -9,11 +9,16 @@ which the judge cannot tell apart. One whose scene is misjudged even as painted 
 """
 
 import argparse
+import os
 import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+# No server is called, but whoever imports a setting reads those of the servers too.
+os.environ.setdefault("ZIMAGE_DATABASE_URL", "postgresql+psycopg://nobody@nowhere.invalid/none")
+os.environ.setdefault("ZIMAGE_REDIS_URL", "redis://nowhere.invalid")
 
 from PIL import Image, ImageDraw
 from tqdm import tqdm
