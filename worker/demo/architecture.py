@@ -1,7 +1,7 @@
-"""The demo model's shape: the classes of Z-Image-Turbo at a 1,500th of its size.
+"""The demo model's shape: the classes of Z-Image-Turbo at a thousandth of its size.
 
 The classes, the scheduler's shift and the latent channels are those of Tongyi-MAI/Z-Image-Turbo;
-the sizes are our choice, for two cores. `model.md` beside the weights says what came of it.
+the sizes are our choice, for two cores. the card beside the weights says what came of it.
 """
 
 from typing import Any

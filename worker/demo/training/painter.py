@@ -111,8 +111,9 @@ class Painter:
             views.append(around(scene, rows // 2, columns // 2))
             sketches.append(sketch(scene, rows // 2, columns // 2))
             tokens.append(read)
-        asides = (torch.from_numpy(np.stack(each)) for each in (views, sketches))
-        return (pixels(images), *padded(tokens), *asides)  # type: ignore[return-value]
+        together, lengths = padded(tokens)
+        seen, drawn = (torch.from_numpy(np.stack(each)) for each in (views, sketches))
+        return pixels(images), together, lengths, seen, drawn
 
     def loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, Mapping[str, float]]:
         images, tokens, lengths, views, sketches = batch
