@@ -23,6 +23,8 @@ STAYS_UP_S = 60
 """Who lived for this long did not fail at the start, and is started again without delay."""
 
 STOPS = (signal.SIGTERM, signal.SIGINT)
+WAIT_S = 1.0
+"""A signal that came at the wrong moment goes unheard no longer than this."""
 PR_SET_PDEATHSIG = 1
 """Source: linux/prctl.h."""
 
@@ -80,8 +82,10 @@ def run_all(devices: Sequence[str], command: Command = worker_command) -> int:
             for child in children:
                 child.start_if_due()
             due = [child.due_at for child in children if child.due_at is not None]
+            # Python hears a signal that comes just before it begins to wait when the wait ends.
+            until = min([time.monotonic() + WAIT_S, *due])
             try:
-                number = arrived.get(timeout=max(0, min(due) - time.monotonic()) if due else None)
+                number = arrived.get(timeout=max(0, until - time.monotonic()))
             except Empty:
                 continue
             if number in STOPS:
