@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from worker import loading
-from worker.canvas import find_canvas
+from worker.canvas import CELL_PX, find_canvas
 from worker.demo import architecture
-from worker.demo.architecture import CELL_PX, GRIDS
+from worker.demo.architecture import GRIDS
 from worker.demo.train import STEPS, train
 from worker.demo.training import course
 from worker.demo.training.painter import noise_shares

@@ -14,9 +14,6 @@ from diffusers import (
 )
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
-CELL_PX = 8
-"""Pixels of the canvas along each side of one latent cell."""
-
 LATENT_CHANNELS = 16
 
 LYING = ((20, 24), (18, 24), (18, 28), (16, 28), (16, 32), (14, 34), (12, 38))

@@ -17,8 +17,8 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional
 
+from worker.canvas import CELL_PX
 from worker.demo import architecture
-from worker.demo.architecture import CELL_PX
 from worker.demo.paint import Window, paint
 from worker.demo.scenes import Background, Colour, Ground, Scene, Shape, Sky, Thing
 from worker.demo.training.course import optimizers

@@ -17,8 +17,9 @@ from PIL import Image
 from torch import nn
 from transformers import Qwen2Tokenizer, Qwen3Model
 
+from worker.canvas import CELL_PX
 from worker.demo import architecture
-from worker.demo.architecture import CELL_PX, GRIDS, LATENT_CHANNELS
+from worker.demo.architecture import GRIDS, LATENT_CHANNELS
 from worker.demo.captions import caption
 from worker.demo.meaning import THINGS_MAX
 from worker.demo.paint import kept_inside, paint
