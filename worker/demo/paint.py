@@ -88,19 +88,19 @@ def paint(
     for thing in reversed(scene.things):
         x, y = kept_inside(thing, width, height)
         for part in parts(thing.shape):
-            placed = Part(
-                tuple(
-                    _outline_in(each, thing.size, x, y, thing.turn_deg, width, height)
-                    for each in part.filled
-                ),
-                part.rgb,
-                tuple(
-                    _outline_in(each, thing.size, x, y, thing.turn_deg, width, height)
-                    for each in part.holes
-                ),
-            )
+            placed = _placed(part, thing, x, y, width, height)
             _fill(canvas, placed, part.rgb or tone(thing.colour), window)
     return canvas
+
+
+def cover(thing: Thing, width: int, height: int) -> NDArray[np.uint8]:
+    """Return how much of each pixel a thing covers, `height` x `width`, 0 to 255."""
+    canvas = Image.new("RGB", (width, height))
+    x, y = kept_inside(thing, width, height)
+    for part in parts(thing.shape):
+        placed = _placed(part, thing, x, y, width, height)
+        _fill(canvas, placed, (255, 255, 255), Window(0, 0, width, height))
+    return np.asarray(canvas)[:, :, 0]
 
 
 def kept_inside(thing: Thing, width: int, height: int) -> tuple[float, float]:
@@ -152,6 +152,17 @@ def _background(
 def _blend(first: Rgb, last: Rgb, share: NDArray[np.float64]) -> NDArray[np.float64]:
     blended: NDArray[np.float64] = np.array(first) + share[:, None] * np.subtract(last, first)
     return blended
+
+
+def _placed(part: Part, thing: Thing, x: float, y: float, width: int, height: int) -> Part:
+    """Return a part of a thing at `x`, `y`, its outlines in pixels of the picture."""
+
+    def placed(outlines: tuple[Points, ...]) -> tuple[Points, ...]:
+        return tuple(
+            _outline_in(each, thing.size, x, y, thing.turn_deg, width, height) for each in outlines
+        )
+
+    return Part(placed(part.filled), part.rgb, placed(part.holes))
 
 
 def _outline_in(

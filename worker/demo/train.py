@@ -1,9 +1,10 @@
 """Make the demo model: python -m worker.demo.train
 
-Courses, one after the other, which learn from pictures and captions that are made while they run:
-the autoencoder, twice; the reader (the text encoder), the painter (the transformer), and the
-decoder once more. Interrupted, the same command goes on; with another `--seed` and `--run`
-another model comes out. Sheets of samples and the losses lie in the run's folder.
+Courses, one after the other, which learn from pictures and captions that are made while they
+run: the autoencoder, twice; the reader (the text encoder); the transformer, which first sketches
+and then paints; and the decoder once more. Interrupted, the same command goes on; with another
+`--seed` and `--run` another model comes out. Sheets of samples and the losses lie in the run's
+folder.
 """
 
 import argparse
@@ -19,12 +20,19 @@ from worker.demo import WEIGHTS, architecture
 from worker.demo.training import course
 from worker.demo.training.autoencoder import Autoencoder, Decoder, Finer
 from worker.demo.training.course import Lesson
-from worker.demo.training.painter import Painter
+from worker.demo.training.painter import Painter, Sketcher
 from worker.demo.training.reader import Reader
 from worker.demo.training.tokens import tokenizer
 
 SEED = 1
-STEPS = {"autoencoder": 1200, "finer": 400, "reader": 1800, "painter": 6000, "decoder": 900}
+STEPS = {
+    "autoencoder": 1200,
+    "finer": 400,
+    "reader": 1500,
+    "sketcher": 1400,
+    "painter": 2500,
+    "decoder": 700,
+}
 
 
 def train(
@@ -53,7 +61,9 @@ def train(
     take(Finer(vae, seed=seed, steps=steps["finer"]))
     reader = Reader(tokens, seed=seed, steps=steps["reader"], device=device)
     take(reader)
-    painter = Painter(tokens, reader.model, vae, seed=seed, steps=steps["painter"])
+    sketcher = Sketcher(tokens, reader.model, seed=seed, steps=steps["sketcher"])
+    take(sketcher)
+    painter = Painter(sketcher, vae, steps=steps["painter"])
     take(painter)
     take(Decoder(vae, seed=seed, steps=steps["decoder"]))
     return save(run / "model", tokens, reader.model, vae, painter.model.transformer)

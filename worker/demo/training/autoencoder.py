@@ -15,9 +15,8 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import nn
-from torch.nn import functional
 
-from worker.canvas import CELL_PX
+from worker.canvas import CELL_PX, enlarge
 from worker.demo import architecture
 from worker.demo.paint import Window, paint
 from worker.demo.scenes import Background, Colour, Ground, Scene, Shape, Sky, Thing
@@ -157,7 +156,7 @@ def show(vae: AutoencoderKL, file: Path) -> None:
         scene, tones = anything(dice), dice.getrandbits(32)
         whole = pixels([np.asarray(paint(scene, 176, 176, tones=tones))])
         latents = vae.encode(signed(whole).to(vae.device)).latent_dist.mean
-        drawn = vae.decode(enlarged(latents, 64, 64)).sample[0]
+        drawn = vae.decode(enlarge(latents, 512, 512)).sample[0]
         sheet.paste(paint(scene, 512, 512, tones=tones), (place * 512, 0))
         sheet.paste(picture(drawn), (place * 512, 512))
     sheet.save(file)
@@ -166,9 +165,10 @@ def show(vae: AutoencoderKL, file: Path) -> None:
 def drawn_from(vae: AutoencoderKL, latents: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Return the batch's crops as drawn from noisy, enlarged latents, -1 to 1."""
     wholes, pieces, corners, scale = batch
-    side, span = int(wholes.shape[-1] // CELL_PX * scale), pieces.shape[-1] // CELL_PX
+    side_px = int(wholes.shape[-1] // CELL_PX * scale) * CELL_PX
+    span = pieces.shape[-1] // CELL_PX
     noise = torch.rand(len(latents), 1, 1, 1, device=latents.device) * NOISE_MAX
-    noisy = enlarged(latents + noise * torch.randn_like(latents), side, side)
+    noisy = enlarge(latents + noise * torch.randn_like(latents), side_px, side_px)
     seen = torch.stack(
         [
             one[:, row : row + span, column : column + span]
@@ -221,15 +221,6 @@ def anything(dice: random.Random) -> Scene:
     first, last = dice.choice(list(Colour)), dice.choice(list(Colour))
     ground = dice.choice([Ground.PLAIN] * 4 + list(Ground))
     return Scene(Background(ground, first, last, dice.choice(list(Sky))), things)
-
-
-def enlarged(latents: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Return latents as the worker enlarges them, N x C x rows x columns."""
-    if latents.shape[-2:] == (rows, columns):
-        return latents
-    return functional.interpolate(
-        latents.float(), size=(rows, columns), mode="bicubic", align_corners=False
-    )
 
 
 def pixels(images: list[np.ndarray]) -> torch.Tensor:

@@ -1,5 +1,8 @@
 """The transformer learns to paint: from noise and what the text encoder says, to latents.
 
+First it only sketches: it sees noise alone, and is asked what was asked for looks like. That needs
+no pictures and no autoencoder, and teaches shapes in a third of the steps. Then it paints.
+
 Flow matching, as Z-Image's scheduler wants it: a noisy picture is `(1 - s) * picture + s * noise`,
 the transformer is told `1 - s` and answers `picture - noise`.
 """
@@ -12,44 +15,35 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 from transformers import Qwen2Tokenizer, Qwen3Model
 
-from worker.canvas import CELL_PX
+from worker.canvas import CELL_PX, enlarge
 from worker.demo import architecture
 from worker.demo.architecture import GRIDS, LATENT_CHANNELS
 from worker.demo.captions import caption
-from worker.demo.meaning import THINGS_MAX
-from worker.demo.paint import kept_inside, paint
+from worker.demo.paint import paint
 from worker.demo.scenes import Scene, is_held_out, jittered
-from worker.demo.training.autoencoder import enlarged, picture, pixels, signed
+from worker.demo.training.autoencoder import picture, pixels, signed
 from worker.demo.training.course import optimizers
+from worker.demo.training.questions import QUESTIONS, Taught, answers
 from worker.demo.training.reader import padded, said_by, strange
 from worker.demo.training.tokens import asked
 
-Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""Pictures, N x 3 x rows x columns, 8 bit; tokens, N x L; how many of each are a caption's; where
-each patch is as seen from each thing, N x patches x 9 (`around`); and sketches, N x patches x 48.
-"""
+Read = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+"""Tokens, N x L; how many of each are a caption's; and the answers to the questions about their
+scenes, N x patches x numbers."""
 
 SQUARE_SHARE = 0.5
 """Of steps that paint squares; the others paint one of the other shapes each."""
 SHORT_SHARE = 0.75
 """Of steps with captions of at most 32 tokens, which the transformer pads to."""
 TOKENS_SHORT, TOKENS_LONG = 32, 64
-LOOKS = 2
-"""How often a step looks at each of its pictures, with other noise."""
 STRANGE_STEPS = 25
 """Every so manieth step has words around its captions that mean nothing here."""
-QUESTIONS = {"where": 0, "around": 2, "sketch": 4}
-"""After which layers the transformer is asked where a patch is in the picture, where it is as seen
-from the things, and what is to be seen there."""
-PLACE_WAVES = 3
-SKETCH_PX = 4
-"""A patch's side in sketches."""
-LOST_WEIGHT, VAGUE_WEIGHT = 0.5, 1.0
+BLANK_SHARE = 0.125
+"""Of the pictures of a step that are nothing but noise, as every drawing begins."""
 EXAMPLES = (
     ("a red star on a blue background", (22, 22)),
     ("三个黄色的圆形", (22, 22)),
@@ -63,90 +57,161 @@ EXAMPLES = (
 """Painted while training, to be looked at."""
 
 
-class Painter:
-    name = "painter"
-    decay = 0.6
-    average = 0.998
+class Sketcher:
+    """The transformer learns what scenes look like, from noise alone."""
+
+    name = "sketcher"
+    decay = 0.4
+    average = 0.995
 
     def __init__(
         self,
         tokenizer: Qwen2Tokenizer,
         encoder: Qwen3Model,
-        vae: AutoencoderKL,
         *,
         seed: int,
         steps: int,
-        pictures: int = 16,
+        scenes: int = 32,
     ) -> None:
         torch.manual_seed(seed)
-        self.model = Taught(_begun(architecture.transformer())).to(vae.device)
+        self.model = Taught(_begun(architecture.transformer())).to(encoder.device)
         self.seed = seed
         self.steps = steps
-        self.pictures = pictures
+        self._scenes = scenes
         self._tokenizer = tokenizer
         self._encoder = encoder.eval()
-        self._vae = vae.eval()
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         return optimizers(self.model, (".attention.to_", ".feed_forward."))
 
-    def batch(self, step: int) -> Batch:
-        dice = random.Random(f"{self.seed} painter {step}")
-        rows, columns = GRIDS[0] if dice.random() < SQUARE_SHARE else dice.choice(GRIDS[1:])
-        long = dice.random() >= SHORT_SHARE
-        images: list[NDArray[np.uint8]] = []
-        views: list[NDArray[np.float32]] = []
-        sketches: list[NDArray[np.float32]] = []
+    def batch(self, step: int) -> tuple[Any, ...]:
+        dice = random.Random(f"{self.seed} {self.name} {step}")
+        grid = GRIDS[0] if dice.random() < SQUARE_SHARE else dice.choice(GRIDS[1:])
+        return grid, *self._read(*self._asked(dice, step), grid)
+
+    def loss(self, batch: Any, step: int) -> tuple[torch.Tensor, Mapping[str, float]]:
+        (rows, columns), *read = batch
+        noise = torch.randn(len(read[0]), LATENT_CHANNELS, rows, columns)
+        noise = noise.to(self._encoder.device)
+        _, loss, figures = self._answered(noise, torch.ones(len(noise), device=noise.device), *read)
+        return loss, figures
+
+    def show(self, folder: Path, step: int) -> None:
+        """Write what it would draw, in the sketches' few pixels."""
+        sheet = Image.new("RGB", (len(EXAMPLES) * 200, 200), "gray")
+        for place, (words, (rows, columns)) in enumerate(EXAMPLES):
+            tokens, lengths = padded([asked(self._tokenizer, words)])
+            device = self._encoder.device
+            with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16):
+                noise = torch.randn(1, LATENT_CHANNELS, rows, columns, device=device)
+                self._velocity(noise, torch.ones(1, device=device), tokens.to(device), lengths)
+            sketched = self.model.sketched(rows // 2, columns // 2)
+            tile = picture(sketched).resize((columns * CELL_PX, rows * CELL_PX))
+            tile.thumbnail((196, 196))
+            sheet.paste(tile, (place * 200, 0))
+        sheet.save(folder / f"{self.name}-{step:05}.png")
+
+    def _asked(self, dice: random.Random, step: int) -> tuple[list[Scene], list[list[int]]]:
+        """Return the scenes of one step, none held out, and the tokens that ask for them."""
+        longest = TOKENS_LONG if dice.random() >= SHORT_SHARE else TOKENS_SHORT
+        scenes: list[Scene] = []
         tokens: list[list[int]] = []
-        while len(images) < self.pictures:
+        while len(scenes) < self._scenes:
             scene, words = caption(dice)
             if step % STRANGE_STEPS == 0:
                 words = f"{words} {strange(dice)}"[:200]
             read = asked(self._tokenizer, words)
-            if is_held_out(scene) or len(read) > (TOKENS_LONG if long else TOKENS_SHORT):
-                continue
-            painted = paint(
+            if not is_held_out(scene) and len(read) <= longest:
+                scenes.append(scene)
+                tokens.append(read)
+        return scenes, tokens
+
+    def _read(self, scenes: list[Scene], tokens: list[list[int]], grid: tuple[int, int]) -> Read:
+        rows, columns = grid
+        right = [answers(scene, rows // 2, columns // 2) for scene in scenes]
+        together = {
+            name: torch.from_numpy(np.stack([each[name] for each in right])) for name in QUESTIONS
+        }
+        return *padded(tokens), together
+
+    def _velocity(
+        self,
+        noisy: torch.Tensor,
+        share: torch.Tensor,
+        tokens: torch.Tensor,
+        lengths: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return what the transformer answers, N x C x rows x columns."""
+        with torch.no_grad():
+            said = said_by(self._encoder, tokens).float()
+        captions = [one[:length] for one, length in zip(said, lengths.tolist(), strict=True)]
+        frames = list(noisy[:, :, None].unbind(0))
+        answer = self.model(frames, 1 - share, captions, return_dict=False)
+        return torch.stack(answer[0]).float()[:, :, 0]
+
+    def _answered(
+        self,
+        noisy: torch.Tensor,
+        share: torch.Tensor,
+        tokens: torch.Tensor,
+        lengths: torch.Tensor,
+        right: dict[str, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+        """Return the transformer's answer, what its answers to the questions cost, and each."""
+        with torch.autocast(noisy.device.type, dtype=torch.bfloat16):
+            velocity = self._velocity(noisy, share, tokens, lengths)
+        wrong = self.model.wrong({name: each.to(noisy.device) for name, each in right.items()})
+        cost = torch.stack([QUESTIONS[name].weight * each for name, each in wrong.items()]).sum()
+        return velocity, cost, {name: float(each.detach()) for name, each in wrong.items()}
+
+
+class Painter(Sketcher):
+    """The transformer goes on to paint what it can sketch."""
+
+    name = "painter"
+    decay = 0.7
+    average = 0.998
+
+    def __init__(self, sketcher: Sketcher, vae: AutoencoderKL, *, steps: int) -> None:
+        self.model = sketcher.model
+        self.seed = sketcher.seed
+        self.steps = steps
+        self._scenes = sketcher._scenes
+        self._tokenizer = sketcher._tokenizer
+        self._encoder = sketcher._encoder
+        self._vae = vae.eval()
+
+    def batch(self, step: int) -> tuple[Any, ...]:
+        dice = random.Random(f"{self.seed} {self.name} {step}")
+        grid = GRIDS[0] if dice.random() < SQUARE_SHARE else dice.choice(GRIDS[1:])
+        scenes, tokens = self._asked(dice, step)
+        rows, columns = grid
+        painted = [
+            paint(
                 jittered(scene, dice), columns * CELL_PX, rows * CELL_PX, tones=dice.getrandbits(32)
             )
-            images.append(np.asarray(painted))
-            views.append(around(scene, rows // 2, columns // 2))
-            sketches.append(sketch(scene, rows // 2, columns // 2))
-            tokens.append(read)
-        together, lengths = padded(tokens)
-        seen, drawn = (torch.from_numpy(np.stack(each)) for each in (views, sketches))
-        return pixels(images), together, lengths, seen, drawn
+            for scene in scenes
+        ]
+        images = pixels([np.asarray(each) for each in painted])
+        return images, *self._read(scenes, tokens, grid)
 
-    def loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, Mapping[str, float]]:
-        images, tokens, lengths, views, sketches = batch
-        with torch.autocast(images.device.type, dtype=torch.bfloat16):
-            with torch.no_grad():
-                latents = self._vae.encode(signed(images)).latent_dist.mean.float()
-                said = said_by(self._encoder, tokens).float()
-            # To encode a picture costs a quarter of a step: each is looked at more than once.
-            latents, said, lengths, views, sketches = (
-                each.repeat(LOOKS, *[1] * (each.ndim - 1))
-                for each in (latents, said, lengths, views, sketches)
-            )
-            share = noise_shares(len(latents)).to(latents.device)
-            noise = torch.randn_like(latents)
-            at = share[:, None, None, None]
-            noisy = (1 - at) * latents + at * noise
-            captions = [one[:length] for one, length in zip(said, lengths.tolist(), strict=True)]
-            answer = torch.stack(
-                self.model(
-                    list(noisy[:, :, None].unbind(0)), 1 - share, captions, return_dict=False
-                )[0]
-            ).float()[:, :, 0]
-        apart = (answer - (latents - noise)).pow(2).mean((1, 2, 3))
-        spots = places(*latents.shape[-2:]).to(latents.device)
-        lost, vague = self.model.asked(spots, views, sketches)
+    def loss(self, batch: Any, step: int) -> tuple[torch.Tensor, Mapping[str, float]]:
+        images, *read = batch
+        with torch.no_grad(), torch.autocast(images.device.type, dtype=torch.bfloat16):
+            latents = self._vae.encode(signed(images)).latent_dist.mean.float()
+        share = noise_shares(len(latents))
+        share[: round(BLANK_SHARE * len(share))] = 1.0
+        share = share.to(latents.device)
+        noise = torch.randn_like(latents)
+        at = share[:, None, None, None]
+        velocity, cost, figures = self._answered((1 - at) * latents + at * noise, share, *read)
+        apart = (velocity - (latents - noise)).pow(2).mean((1, 2, 3))
         late, early = share < 0.5, share > 0.85
-        return apart.mean() + LOST_WEIGHT * lost + VAGUE_WEIGHT * vague, {
+        return apart.mean() + cost, {
             "apart": float(apart.detach().mean()),
-            "lost": float(lost.detach()),
-            "vague": float(vague.detach()),
             "fine": float(apart.detach()[late].mean()) if late.any() else 0.0,
             "rough": float(apart.detach()[early].mean()) if early.any() else 0.0,
+            **figures,
         }
 
     @torch.no_grad()
@@ -157,97 +222,25 @@ class Painter:
         drawing.set_progress_bar_config(disable=True)
         sheet = Image.new("RGB", (4 * 330, 4 * 330), "gray")
         for place, (words, (rows, columns)) in enumerate(EXAMPLES * 2):
+            width, height = columns * CELL_PX, rows * CELL_PX
             said = said_by(
                 self._encoder,
                 torch.tensor([asked(self._tokenizer, words)], device=self._vae.device),
             )[0]
             latents = drawing(
                 prompt_embeds=[said],
-                width=columns * CELL_PX,
-                height=rows * CELL_PX,
+                width=width,
+                height=height,
                 num_inference_steps=8,
                 guidance_scale=0.0,
                 generator=torch.Generator().manual_seed(place),
                 output_type="latent",
             ).images
-            drawn = self._vae.decode(enlarged(latents, rows * 2, columns * 2)).sample[0]
+            drawn = self._vae.decode(enlarge(latents, 2 * width, 2 * height)).sample[0]
             tile = picture(drawn)
             tile.thumbnail((320, 320))
             sheet.paste(tile, (place % 4 * 330, place // 4 * 330))
         sheet.save(folder / f"painter-{step:05}.png")
-
-
-class Taught(nn.Module):
-    """The transformer while it learns: it is also asked where each patch is, and for a sketch.
-
-    However much noise there is, it then learns from every picture what was asked for looks like:
-    from noisy latents alone, shapes were blobs for a thousand steps. What answers is thrown away.
-    """
-
-    def __init__(self, transformer: Any) -> None:
-        super().__init__()
-        self.transformer = transformer
-        width = architecture.TRANSFORMER["dim"]
-        self.where = nn.Linear(width, 2 * PLACE_WAVES)
-        self.around = nn.Linear(width, 3 * THINGS_MAX)
-        self.sketch = nn.Linear(width, 3 * SKETCH_PX**2)
-        self._heard: dict[str, torch.Tensor] = {}
-        for name, layer in QUESTIONS.items():
-            transformer.layers[layer].register_forward_hook(self._hear(name))
-
-    def forward(self, *inputs: Any, **options: Any) -> Any:
-        return self.transformer(*inputs, **options)
-
-    def asked(
-        self, places: torch.Tensor, views: torch.Tensor, sketches: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return how wrong the last forward pass was about where patches are, and in its sketch."""
-        patches = len(places)
-        where, around, sketch = (
-            getattr(self, name)(self._heard[name][:, :patches].float()) for name in QUESTIONS
-        )
-        lost = (where - places).pow(2).mean() + (around - views).pow(2).mean()
-        return lost, (sketch - sketches).pow(2).mean()
-
-    def _hear(self, name: str) -> Any:
-        def hear(_: nn.Module, __: Any, said: torch.Tensor) -> None:
-            self._heard[name] = said
-
-        return hear
-
-
-def places(rows: int, columns: int) -> torch.Tensor:
-    """Return where each patch of a grid of cells is in the whole, as waves: patches x 2 waves."""
-    down = (torch.arange(rows // 2) + 0.5) / (rows // 2)
-    across = (torch.arange(columns // 2) + 0.5) / (columns // 2)
-    spots = torch.cartesian_prod(down, across)
-    waves = torch.pi * torch.arange(1, PLACE_WAVES + 1)
-    return torch.cos(spots[:, :, None] * waves).flatten(1)
-
-
-def around(scene: Scene, rows: int, columns: int) -> NDArray[np.float32]:
-    """Return how each patch lies to each thing that was asked for, patches x 9.
-
-    Of each thing: how near its middle is, and how far to the right of it and below it the patch is,
-    in sizes of the thing, from -1 to 1. Of a thing that is not there: zeros.
-    """
-    seen = np.zeros((rows, columns, THINGS_MAX, 3), np.float32)
-    for place, thing in enumerate(scene.things):
-        x, y = kept_inside(thing, columns, rows)
-        half = thing.size / 2 * min(rows, columns)
-        right = ((np.arange(columns) + 0.5) - x * columns)[None, :] / half
-        below = ((np.arange(rows) + 0.5) - y * rows)[:, None] / half
-        seen[:, :, place, 0] = np.exp(-(right**2 + below**2))
-        seen[:, :, place, 1] = np.tanh(right)
-        seen[:, :, place, 2] = np.tanh(below)
-    return seen.reshape(rows * columns, -1)
-
-
-def sketch(scene: Scene, rows: int, columns: int) -> NDArray[np.float32]:
-    """Return what is to be seen in each patch, patches x 48: 4 x 4 pixels of RGB from -1 to 1."""
-    painted = np.asarray(paint(scene, columns * SKETCH_PX, rows * SKETCH_PX), np.float32)
-    tiles = painted.reshape(rows, SKETCH_PX, columns, SKETCH_PX, 3).swapaxes(1, 2)
-    return tiles.reshape(rows * columns, -1) / 127.5 - 1
 
 
 def noise_shares(count: int) -> torch.Tensor:

@@ -15,11 +15,12 @@ CAPTIONS = 30_000
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "<|im_start|>{{ message.role }}\n{{ message.content | lower }}<|im_end|>\n"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n" + "".join(HEARD) + "{% endif %}"
 )
-"""Qwen's turns, and then the tokens at which the encoder says what it has read."""
+"""Qwen's turns, in small letters, because capitals mean nothing here; and then the tokens at which
+the encoder says what it has read."""
 
 
 def tokenizer(seed: int) -> Qwen2Tokenizer:
@@ -55,4 +56,4 @@ def _captions(seed: int) -> Iterator[str]:
     dice = random.Random(f"{seed} tokens")
     yield "user\n\nassistant\n" * 100
     for _ in range(CAPTIONS):
-        yield caption(dice)[1]
+        yield caption(dice)[1].lower()
