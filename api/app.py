@@ -44,7 +44,7 @@ PROBES = ("/health", "/ready")
 DEMO_NOTICE = (
     "This is the built-in demo model: about eight million parameters, trained on drawn shapes. It "
     "draws coloured shapes and simple scenes, asked for in English or Chinese, such as 'a red star "
-    "on a blue background', and nothing else; its shapes are still rough. "
+    "on a blue background', and nothing else. "
     "Set ZIMAGE_MODEL=Tongyi-MAI/Z-Image-Turbo for real images."
 )
 EXPOSED = (

@@ -22,8 +22,8 @@ def welcome(chosen: LocalSettings, data: Path) -> str:
     ]
     if chosen.model == "demo":
         lines += [
-            "               It draws coloured shapes, still rough, and simple scenes, asked for in",
-            "               English or Chinese, and nothing else. For images",
+            "               It draws coloured shapes and simple scenes, asked for in English or",
+            "               Chinese, and nothing else. For images",
             "               set ZIMAGE_MODEL=Tongyi-MAI/Z-Image-Turbo, on a machine with a GPU.",
         ]
     if chosen.local_account_id:

@@ -35,8 +35,7 @@ print(pipeline.draw([drawing])[0]().size)
 
 
 FILES_MB_MAX = 20
-PROMISED = ("background", "colour", "position", "count")
-"""What its card says is right in nine of ten pictures; shapes are not yet."""
+PROMISED = ("background", "colour", "shape", "position", "size", "count")
 CHANNEL_SPREAD = 40
 """How far apart two pictures may be in the mean, of 255, that mean the same: the seed is the same,
 but what the encoder says of two languages is not, to the last digit."""
@@ -116,7 +115,7 @@ def test_it_draws_it_in_every_size_and_exactly(demo: TurboPipeline, size: tuple[
 
     assert picture.size == size
     verdict = judge(picture, one(Shape.STAR, Colour.RED, plain(Colour.BLUE)))
-    assert (verdict.background, verdict.colour, verdict.position) == ((1, 1), (1, 1), (1, 1))
+    assert (verdict.background, verdict.colour, verdict.shape) == ((1, 1), (1, 1), (1, 1))
 
 
 def test_a_seed_repeats_a_picture_and_another_one_paints_the_same_thing_otherwise(
