@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from worker.demo.captions import Language, said
 from worker.demo.evaluate import questions
@@ -206,6 +206,33 @@ def test_the_judge_sees_what_is_wrong_and_only_that(attribute: str, other: Scene
     wrong = {name for name, (good, of) in verdict.items() if good < of}
     assert attribute in wrong
     assert wrong <= {attribute, "position"}
+
+
+@pytest.mark.parametrize("shape", [Shape.STAR, Shape.DIAMOND, Shape.TRIANGLE, Shape.MOON])
+def test_a_shape_with_blunt_corners_is_still_that_shape(shape: Shape) -> None:
+    scene = Scene(ON_BLUE, (replace(RED_STAR, shape=shape),))
+
+    assert judge(_blunt(scene, 0.03), scene).shape == (1, 1)
+
+
+def test_a_sun_without_rays_is_none() -> None:
+    scene = Scene(ON_BLUE, (replace(RED_STAR, shape=Shape.SUN),))
+
+    assert judge(paint(scene, 400, 400), scene).shape == (1, 1)
+    assert judge(_blunt(scene, 0.07), scene).shape == (0, 1)
+
+
+def _blunt(scene: Scene, share: float) -> Image.Image:
+    """Paint a scene of one red thing on blue, its corners rounded by a share of its size."""
+    (thing,) = scene.things
+    blurred = paint(scene, 400, 400).filter(ImageFilter.GaussianBlur(share * thing.size * 400))
+    red = (
+        np.asarray(blurred)[..., 0]
+        > sum(RGB[colour][0] for colour in (Colour.RED, Colour.BLUE)) / 2
+    )
+    return Image.fromarray(
+        np.where(red[..., None], RGB[Colour.RED], RGB[Colour.BLUE]).astype(np.uint8)
+    )
 
 
 def test_an_empty_picture_shows_nothing_of_what_was_asked_for() -> None:
