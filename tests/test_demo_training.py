@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,8 @@ from worker.demo import architecture
 from worker.demo.architecture import GRIDS
 from worker.demo.train import STEPS, train
 from worker.demo.training import course
-from worker.demo.training.painter import noise_shares
+from worker.demo.training.autoencoder import Phase, crops
+from worker.demo.training.painter import noise_shares, on_things
 from worker.drawing import Drawing
 
 if TYPE_CHECKING:
@@ -114,6 +117,30 @@ def test_noise_is_shared_out_as_the_scheduler_shifts_it() -> None:
     assert 0 < shares.min() < shares.max() < 1
     # The middle of a logit-normal is a half, which a shift of 3 moves to three quarters.
     assert float(shares.median()) == pytest.approx(0.75, abs=0.02)
+
+
+def test_what_a_thing_touches_and_what_lies_beside_that_is_on_things() -> None:
+    covered = torch.zeros(2, 4 * 6, 48)
+    covered[1, 2 * 6 + 5, 7] = 0.1  # of the third of four rows of patches, the last of six
+
+    near = on_things(covered, torch.zeros(2, 8, 12))
+
+    assert not near[0].any()
+    first, last = near[1].nonzero().aminmax(dim=0)
+    assert (first.tolist(), last.tolist()) == ([2, 8], [7, 11])
+    assert int(near[1].sum()) == 6 * 4
+
+
+def test_crops_that_are_aimed_show_things_more_often() -> None:
+    phase = Phase(1.0, 40, 16, 16, (6.0,))
+
+    def plain(phase: Phase) -> int:
+        _, pieces, corners, scale = crops(random.Random(3), phase)
+        last = phase.side_cells * scale - phase.crop_cells
+        assert 0 <= int(corners.min()) <= int(corners.max()) <= last
+        return sum(float(piece.float().std(dim=(1, 2)).max()) < 12 for piece in pieces)
+
+    assert plain(replace(phase, aimed=1.0)) < plain(phase) / 2
 
 
 def test_the_grids_are_what_the_transformer_reads_without_padding_further() -> None:

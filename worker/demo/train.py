@@ -2,9 +2,9 @@
 
 Courses, one after the other, which learn from pictures and captions that are made while they
 run: the autoencoder, twice; the reader (the text encoder); the transformer, which first sketches
-and then paints; and the decoder once more. Interrupted, the same command goes on; with another
-`--seed` and `--run` another model comes out. Sheets of samples and the losses lie in the run's
-folder.
+and then paints; and the autoencoder and the transformer once more. Interrupted, the same command
+goes on; with another `--seed` and `--run` another model comes out. Sheets of samples and the
+losses lie in the run's folder.
 """
 
 import argparse
@@ -18,9 +18,9 @@ from worker import canvas
 from worker.canvas import Canvas, Grid
 from worker.demo import WEIGHTS, architecture
 from worker.demo.training import course
-from worker.demo.training.autoencoder import Autoencoder, Decoder, Finer
+from worker.demo.training.autoencoder import Autoencoder, Finer, Finest, Suns
 from worker.demo.training.course import Lesson
-from worker.demo.training.painter import Painter, Sketcher
+from worker.demo.training.painter import Painter, Repainter, Sketcher
 from worker.demo.training.reader import Reader
 from worker.demo.training.tokens import tokenizer
 
@@ -31,7 +31,9 @@ STEPS = {
     "reader": 1500,
     "sketcher": 1400,
     "painter": 2500,
-    "decoder": 700,
+    "finest": 3200,
+    "suns": 800,
+    "repainter": 3000,
 }
 
 
@@ -63,9 +65,11 @@ def train(
     take(reader)
     sketcher = Sketcher(tokens, reader.model, seed=seed, steps=steps["sketcher"])
     take(sketcher)
-    painter = Painter(sketcher, vae, steps=steps["painter"])
+    take(Painter(sketcher, vae, steps=steps["painter"]))
+    take(Finest(vae, seed=seed, steps=steps["finest"]))
+    take(Suns(vae, seed=seed, steps=steps["suns"]))
+    painter = Repainter(sketcher, vae, steps=steps["repainter"])
     take(painter)
-    take(Decoder(vae, seed=seed, steps=steps["decoder"]))
     return save(run / "model", tokens, reader.model, vae, painter.model.transformer)
 
 

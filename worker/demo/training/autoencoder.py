@@ -7,7 +7,7 @@ latents teaches it to forgive the transformer's small errors.
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import nn
 
 from worker.canvas import CELL_PX, enlarge
 from worker.demo import architecture
-from worker.demo.paint import Window, paint
+from worker.demo.paint import Window, kept_inside, paint
 from worker.demo.scenes import Background, Colour, Ground, Scene, Shape, Sky, Thing
 from worker.demo.training.course import optimizers
 
@@ -29,6 +29,8 @@ bit; the crops' first row and column in enlarged cells, N x 2; and how much they
 KERNELS = ("conv_in", "conv1", "conv2", "conv_shortcut", "samplers")
 NOISE_MAX = 0.3
 """On latents of variance 1."""
+SUN_SIZES = (0.2, 0.45)
+"""As captions ask for, of the picture's shorter side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,10 @@ class Phase:
     crop_cells: int
     scales: tuple[float, ...]
     """How much latents are enlarged."""
+    aimed: float = 0.0
+    """The share of crops that lie on a thing: of large pictures, most show nothing else."""
+    suns: float = 0.0
+    """The share of things that are made suns."""
 
 
 PHASES = (
@@ -50,12 +56,12 @@ PHASES = (
     Phase(0.88, 12, 16, 16, (1.0, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)),
     Phase(1.0, 5, 16, 32, (2.0, 2.0, 4.0, 8.0)),  # large crops, as the worker's pictures are large
 )
-FINER_PHASES = (
+FINER_PHASES: tuple[Phase, ...] = (
     Phase(1.0, 10, 22, 16, (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)),  # the canvas that will be painted on
 )
-DECODER_PHASES = (
-    Phase(1.0, 10, 22, 16, (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)),
-    Phase(1.0, 4, 22, 32, (1.5, 2.0, 3.0, 4.0, 6.0)),
+FINEST_PHASES: tuple[Phase, ...] = (
+    Phase(1.0, 12, 16, 16, (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0), aimed=0.8),
+    Phase(1.0, 8, 22, 16, (1.0, 1.5, 2.0, 3.0, 4.0, 6.0), aimed=0.8),
 )
 """One or the other, by chance."""
 
@@ -106,7 +112,7 @@ class Finer(Autoencoder):
     """The autoencoder once more, on the canvas that the transformer will paint on."""
 
     name = "finer"
-    phases = FINER_PHASES
+    phases: tuple[Phase, ...] = FINER_PHASES
     decay = 0.9
 
     def __init__(self, vae: AutoencoderKL, *, seed: int, steps: int) -> None:
@@ -115,36 +121,24 @@ class Finer(Autoencoder):
         self.steps = steps
 
 
-class Decoder:
-    """The decoder once more, by itself, with latents as they are: nothing else changes by it."""
+class Finest(Finer):
+    """And once more, where things are: what is left to learn are their corners."""
 
-    name = "decoder"
-    decay = 0.8
-    average = 0.995
-
-    def __init__(self, vae: AutoencoderKL, *, seed: int, steps: int) -> None:
-        self.model = vae
-        self.seed = seed
-        self.steps = steps
-
-    def optimizers(self) -> list[torch.optim.Optimizer]:
-        return optimizers(self.model.decoder, KERNELS)
+    name = "finest"
+    phases = FINEST_PHASES
+    decay = 0.5
 
     def batch(self, step: int) -> Batch:
         dice = random.Random(f"{self.seed} {self.name} {step}")
-        return crops(dice, dice.choice(DECODER_PHASES))
+        return crops(dice, dice.choice(self.phases))
 
-    def loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, Mapping[str, float]]:
-        wholes, pieces, _, _ = batch
-        with torch.autocast(wholes.device.type, dtype=torch.bfloat16):
-            with torch.no_grad():
-                latents = self.model.encode(signed(wholes)).latent_dist.mean.float()
-            drawn = drawn_from(self.model, latents, batch)
-        apart, edges = differences(drawn, signed(pieces))
-        return apart + edges, {"apart": float(apart.detach()), "edges": float(edges.detach())}
 
-    def show(self, folder: Path, step: int) -> None:
-        show(self.model, folder / f"{self.name}-{step:05}.png")
+class Suns(Finest):
+    """And suns, whose rays are the smallest that anything has: they were drawn as discs."""
+
+    name = "suns"
+    phases = tuple(replace(phase, suns=0.6) for phase in FINEST_PHASES)
+    decay = 0.9
 
 
 @torch.no_grad()
@@ -196,13 +190,38 @@ def crops(dice: random.Random, phase: Phase) -> Batch:
     wholes, pieces, corners = [], [], []
     for _ in range(phase.images):
         scene, tones = anything(dice), dice.getrandbits(32)
-        row, column = dice.randint(0, last), dice.randint(0, last)
+        if phase.suns:
+            scene = _with_suns(scene, phase.suns, dice)
+        if phase.aimed and dice.random() < phase.aimed:
+            row, column = (
+                min(last, max(0, round(cell - phase.crop_cells / 2)))
+                for cell in _somewhere_on(dice.choice(scene.things), side, dice)
+            )
+        else:
+            row, column = dice.randint(0, last), dice.randint(0, last)
         crop = Window(column * CELL_PX, row * CELL_PX, crop_px, crop_px)
         wholes.append(np.asarray(paint(scene, canvas, canvas, tones=tones)))
         enlarged = side * CELL_PX
         pieces.append(np.asarray(paint(scene, enlarged, enlarged, tones=tones, window=crop)))
         corners.append((row, column))
     return pixels(wholes), pixels(pieces), torch.tensor(corners), scale
+
+
+def _somewhere_on(thing: Thing, side: int, dice: random.Random) -> tuple[float, float]:
+    """Return a row and a column in a thing's box, of a picture of `side` x `side`."""
+    x, y = kept_inside(thing, side, side)
+    half = thing.size / 2
+    return (y + dice.uniform(-half, half)) * side, (x + dice.uniform(-half, half)) * side
+
+
+def _with_suns(scene: Scene, share: float, dice: random.Random) -> Scene:
+    things = [
+        replace(thing, shape=Shape.SUN, size=dice.uniform(*SUN_SIZES))
+        if dice.random() < share
+        else thing
+        for thing in scene.things
+    ]
+    return replace(scene, things=tuple(things))
 
 
 def anything(dice: random.Random) -> Scene:

@@ -35,8 +35,6 @@ Read = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 """Tokens, N x L; how many of each are a caption's; and the answers to the questions about their
 scenes, N x patches x numbers."""
 
-SQUARE_SHARE = 0.5
-"""Of steps that paint squares; the others paint one of the other shapes each."""
 SHORT_SHARE = 0.75
 """Of steps with captions of at most 32 tokens, which the transformer pads to."""
 TOKENS_SHORT, TOKENS_LONG = 32, 64
@@ -63,6 +61,8 @@ class Sketcher:
     name = "sketcher"
     decay = 0.4
     average = 0.995
+    square_share = 0.5
+    """Of steps that paint squares; the others paint one of the other shapes each."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class Sketcher:
 
     def batch(self, step: int) -> tuple[Any, ...]:
         dice = random.Random(f"{self.seed} {self.name} {step}")
-        grid = GRIDS[0] if dice.random() < SQUARE_SHARE else dice.choice(GRIDS[1:])
+        grid = self._grid(dice)
         return grid, *self._read(*self._asked(dice, step), grid)
 
     def loss(self, batch: Any, step: int) -> tuple[torch.Tensor, Mapping[str, float]]:
@@ -110,6 +110,9 @@ class Sketcher:
             tile.thumbnail((196, 196))
             sheet.paste(tile, (place * 200, 0))
         sheet.save(folder / f"{self.name}-{step:05}.png")
+
+    def _grid(self, dice: random.Random) -> tuple[int, int]:
+        return GRIDS[0] if dice.random() < self.square_share else dice.choice(GRIDS[1:])
 
     def _asked(self, dice: random.Random, step: int) -> tuple[list[Scene], list[list[int]]]:
         """Return the scenes of one step, none held out, and the tokens that ask for them."""
@@ -171,6 +174,8 @@ class Painter(Sketcher):
     name = "painter"
     decay = 0.7
     average = 0.998
+    thing_weight = 1.0
+    """Of latents on things and beside them in the loss, where that of all others is 1."""
 
     def __init__(self, sketcher: Sketcher, vae: AutoencoderKL, *, steps: int) -> None:
         self.model = sketcher.model
@@ -183,7 +188,7 @@ class Painter(Sketcher):
 
     def batch(self, step: int) -> tuple[Any, ...]:
         dice = random.Random(f"{self.seed} {self.name} {step}")
-        grid = GRIDS[0] if dice.random() < SQUARE_SHARE else dice.choice(GRIDS[1:])
+        grid = self._grid(dice)
         scenes, tokens = self._asked(dice, step)
         rows, columns = grid
         painted = [
@@ -205,9 +210,11 @@ class Painter(Sketcher):
         noise = torch.randn_like(latents)
         at = share[:, None, None, None]
         velocity, cost, figures = self._answered((1 - at) * latents + at * noise, share, *read)
-        apart = (velocity - (latents - noise)).pow(2).mean((1, 2, 3))
+        squares = (velocity - (latents - noise)).pow(2).mean(1)
+        weights = torch.where(on_things(read[-1]["covered"], squares), self.thing_weight, 1.0)
+        apart = squares.mean((1, 2))
         late, early = share < 0.5, share > 0.85
-        return apart.mean() + cost, {
+        return (squares * weights).sum() / weights.sum() + cost, {
             "apart": float(apart.detach().mean()),
             "fine": float(apart.detach()[late].mean()) if late.any() else 0.0,
             "rough": float(apart.detach()[early].mean()) if early.any() else 0.0,
@@ -240,7 +247,28 @@ class Painter(Sketcher):
             tile = picture(drawn)
             tile.thumbnail((320, 320))
             sheet.paste(tile, (place % 4 * 330, place // 4 * 330))
-        sheet.save(folder / f"painter-{step:05}.png")
+        sheet.save(folder / f"{self.name}-{step:05}.png")
+
+
+class Repainter(Painter):
+    """And once more, for the autoencoder's last latents, with an eye to things."""
+
+    name = "repainter"
+    decay = 0.9
+    square_share = 0.25
+    thing_weight = 4.0
+
+
+def on_things(covered: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+    """Return which cells, N x rows x columns, lie in a patch that a thing touches, or beside one.
+
+    `covered` is the answer to the question of that name, N x patches x numbers.
+    """
+    count, rows, columns = cells.shape
+    touched = covered.amax(-1).view(count, rows // 2, columns // 2).to(cells.device)
+    beside = nn.functional.max_pool2d(touched, 3, stride=1, padding=1)
+    near: torch.Tensor = beside.repeat_interleave(2, 1).repeat_interleave(2, 2) > 0
+    return near
 
 
 def noise_shares(count: int) -> torch.Tensor:
