@@ -88,8 +88,11 @@ class Autoencoder:
         return optimizers(self.model, KERNELS)
 
     def batch(self, step: int) -> Batch:
-        phase = next(phase for phase in self.phases if step < phase.until * self.steps)
-        return crops(random.Random(f"{self.seed} {self.name} {step}"), phase)
+        dice = random.Random(f"{self.seed} {self.name} {step}")
+        return crops(dice, self.phase(step, dice))
+
+    def phase(self, step: int, dice: random.Random) -> Phase:
+        return next(phase for phase in self.phases if step < phase.until * self.steps)
 
     def loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, Mapping[str, float]]:
         wholes, pieces, _, _ = batch
@@ -128,9 +131,8 @@ class Finest(Finer):
     phases = FINEST_PHASES
     decay = 0.5
 
-    def batch(self, step: int) -> Batch:
-        dice = random.Random(f"{self.seed} {self.name} {step}")
-        return crops(dice, dice.choice(self.phases))
+    def phase(self, step: int, dice: random.Random) -> Phase:
+        return dice.choice(self.phases)
 
 
 class Suns(Finest):
@@ -190,6 +192,7 @@ def crops(dice: random.Random, phase: Phase) -> Batch:
     wholes, pieces, corners = [], [], []
     for _ in range(phase.images):
         scene, tones = anything(dice), dice.getrandbits(32)
+        # Where nothing is asked of chance no dice are thrown, so that a course stays as it was.
         if phase.suns:
             scene = _with_suns(scene, phase.suns, dice)
         if phase.aimed and dice.random() < phase.aimed:
