@@ -219,7 +219,7 @@ def test_a_sun_without_rays_is_none() -> None:
     scene = Scene(ON_BLUE, (replace(RED_STAR, shape=Shape.SUN),))
 
     assert judge(paint(scene, 400, 400), scene).shape == (1, 1)
-    assert judge(_blunt(scene, 0.07), scene).shape == (0, 1)
+    assert judge(_blunt(scene, 0.06), scene).shape == (0, 1)
 
 
 def _blunt(scene: Scene, share: float) -> Image.Image:
