@@ -15,10 +15,11 @@ from worker import loading
 from worker.canvas import CELL_PX, find_canvas
 from worker.demo import architecture
 from worker.demo.architecture import GRIDS
+from worker.demo.scenes import LARGE, Background, Colour, Scene, Shape, Thing
 from worker.demo.train import STEPS, train
 from worker.demo.training import course
 from worker.demo.training.autoencoder import Phase, crops
-from worker.demo.training.painter import noise_shares, on_things
+from worker.demo.training.painter import HARD_SIZE, is_hard, noise_shares, on_things
 from worker.drawing import Drawing
 
 if TYPE_CHECKING:
@@ -129,6 +130,21 @@ def test_what_a_thing_touches_and_what_lies_beside_that_is_on_things() -> None:
     first, last = near[1].nonzero().aminmax(dim=0)
     assert (first.tolist(), last.tolist()) == ([2, 8], [7, 11])
     assert int(near[1].sum()) == 6 * 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "size", "hard"),
+    [
+        (Shape.STAR, HARD_SIZE, True),
+        (Shape.STAR, HARD_SIZE + 0.001, False),
+        (Shape.SUN, LARGE, True),
+    ],
+)
+def test_small_things_and_suns_are_hard(shape: Shape, size: float, hard: bool) -> None:
+    large = Thing(Shape.CIRCLE, Colour.RED, LARGE, 0.3, 0.5)
+    thing = Thing(shape, Colour.RED, size, 0.7, 0.5)
+
+    assert is_hard(Scene(Background(), (large, thing))) is hard
 
 
 def test_crops_that_are_aimed_show_things_more_often() -> None:

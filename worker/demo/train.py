@@ -32,8 +32,8 @@ STEPS = {
     "sketcher": 1400,
     "painter": 2500,
     "finest": 3200,
-    "suns": 800,
-    "repainter": 3000,
+    "suns": 2400,
+    "repainter": 4800,
 }
 
 

@@ -128,7 +128,9 @@ def run(lesson: Lesson, folder: Path, *, show_steps: int | None = 500, helpers: 
     lesson.model.load_state_dict(average)
 
 
-def optimizers(model: torch.nn.Module, inner: tuple[str, ...]) -> list[torch.optim.Optimizer]:
+def optimizers(
+    model: torch.nn.Module, inner: tuple[str, ...], *, lr: float = LEARNING_RATE
+) -> list[torch.optim.Optimizer]:
     """Muon for the matrices and kernels whose names hold one of `inner`, AdamW for the rest.
 
     Muon learns these in a half (transformers) to a third (convolutions) of AdamW's steps.
@@ -140,9 +142,7 @@ def optimizers(model: torch.nn.Module, inner: tuple[str, ...]) -> list[torch.opt
         (matrices if is_inner else others).append(weight)
     # Muon takes matrices only: it gets kernels flattened, in the same memory.
     flat = [torch.nn.Parameter(weight.detach().view(len(weight), -1)) for weight in matrices]
-    muon = torch.optim.Muon(
-        flat, lr=LEARNING_RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-    )
+    muon = torch.optim.Muon(flat, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
 
     def hand_over(*_: Any) -> None:
         for matrix, weight in zip(flat, matrices, strict=True):
@@ -150,7 +150,7 @@ def optimizers(model: torch.nn.Module, inner: tuple[str, ...]) -> list[torch.opt
             matrix.grad = None if weight.grad is None else weight.grad.reshape(matrix.shape)
 
     muon.register_step_pre_hook(hand_over)
-    adam = torch.optim.AdamW(others, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
+    adam = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
     return [muon, adam]
 
 

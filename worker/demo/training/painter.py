@@ -24,9 +24,9 @@ from worker.demo import architecture
 from worker.demo.architecture import GRIDS, LATENT_CHANNELS
 from worker.demo.captions import caption
 from worker.demo.paint import paint
-from worker.demo.scenes import Scene, is_held_out, jittered
+from worker.demo.scenes import Scene, Shape, is_held_out, jittered
 from worker.demo.training.autoencoder import picture, pixels, signed
-from worker.demo.training.course import optimizers
+from worker.demo.training.course import LEARNING_RATE, optimizers
 from worker.demo.training.questions import QUESTIONS, Taught, answers
 from worker.demo.training.reader import padded, said_by, strange
 from worker.demo.training.tokens import asked
@@ -42,6 +42,10 @@ STRANGE_STEPS = 25
 """Every so manieth step has words around its captions that mean nothing here."""
 BLANK_SHARE = 0.125
 """Of the pictures of a step that are nothing but noise, as every drawing begins."""
+HARD_SIZE = 0.3
+"""Of the shorter side: a thing of at most this size is a hard one."""
+EASY_SHARE = 1 / 3
+"""Of the scenes without anything hard, those that the repainter paints."""
 EXAMPLES = (
     ("a red star on a blue background", (22, 22)),
     ("三个黄色的圆形", (22, 22)),
@@ -61,6 +65,7 @@ class Sketcher:
     name = "sketcher"
     decay = 0.4
     average = 0.995
+    peak_lr = LEARNING_RATE
     square_share = 0.5
     """Of steps that paint squares; the others paint one of the other shapes each."""
 
@@ -82,7 +87,7 @@ class Sketcher:
         self._encoder = encoder.eval()
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        return optimizers(self.model, (".attention.to_", ".feed_forward."))
+        return optimizers(self.model, (".attention.to_", ".feed_forward."), lr=self.peak_lr)
 
     def batch(self, step: int) -> tuple[Any, ...]:
         dice = random.Random(f"{self.seed} {self.name} {step}")
@@ -124,10 +129,13 @@ class Sketcher:
             if step % STRANGE_STEPS == 0:
                 words = f"{words} {strange(dice)}"[:200]
             read = asked(self._tokenizer, words)
-            if not is_held_out(scene) and len(read) <= longest:
+            if not is_held_out(scene) and len(read) <= longest and self._wants(scene, dice):
                 scenes.append(scene)
                 tokens.append(read)
         return scenes, tokens
+
+    def _wants(self, scene: Scene, dice: random.Random) -> bool:
+        return True
 
     def _read(self, scenes: list[Scene], tokens: list[list[int]], grid: tuple[int, int]) -> Read:
         rows, columns = grid
@@ -255,8 +263,17 @@ class Repainter(Painter):
 
     name = "repainter"
     decay = 0.9
+    peak_lr = LEARNING_RATE / 2  # the whole of it spoils sketches, for 1000 steps
     square_share = 0.25
     thing_weight = 4.0
+
+    def _wants(self, scene: Scene, dice: random.Random) -> bool:
+        return is_hard(scene) or dice.random() < EASY_SHARE
+
+
+def is_hard(scene: Scene) -> bool:
+    """Whether anything in a scene is small, or a sun: what the painter fails at most."""
+    return any(thing.size <= HARD_SIZE or thing.shape is Shape.SUN for thing in scene.things)
 
 
 def on_things(covered: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
