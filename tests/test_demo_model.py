@@ -36,7 +36,7 @@ print(pipeline.draw([drawing])[0]().size)
 
 FILES_MB_MAX = 20
 PROMISED = ("background", "colour", "shape", "position", "size", "count")
-"""Of all shapes of medium size; its card says that small suns and stars are still rough."""
+"""Of all shapes of medium size; small suns, faces and flowers are rough, as its card says."""
 CHANNEL_SPREAD = 40
 """How far apart two pictures may be in the mean, of 255, that mean the same: the seed is the same,
 but what the encoder says of two languages is not, to the last digit."""
