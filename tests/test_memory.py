@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
-from unittest.mock import ANY
 
 import pytest
 import torch
@@ -94,9 +93,9 @@ def test_a_system_that_refuses_memory_gets_tiles_then_a_failure_and_then_images_
     assert run.returncode == 0, run.stderr
     told = json.loads(run.stdout.splitlines()[-1])
 
+    assert told["tiled"].pop("sha256", None), told["tiled"]
     # The step is told once: what ran out was the decoder, and only that was done again.
-    picture = {"size": [2048, 512], "sha256": ANY}
-    assert told["tiled"] == {"steps": [1], "rungs": ["tiling"], **picture}
+    assert told["tiled"] == {"steps": [1], "rungs": ["tiling"], "size": [2048, 512]}
     assert told["exhausted"].pop("steps") in ([], [1])
     assert told["exhausted"] == {"rungs": [None], "failed": "ResourceExhausted"}
     assert told["after"] == told["before"]
