@@ -17,8 +17,9 @@ from worker.demo import architecture
 from worker.demo.architecture import GRIDS
 from worker.demo.scenes import LARGE, Background, Colour, Scene, Shape, Thing
 from worker.demo.train import STEPS, train
-from worker.demo.training import course
+from worker.demo.training import course, precision
 from worker.demo.training.autoencoder import Phase, crops
+from worker.demo.training.muon import Muon, orthogonal
 from worker.demo.training.painter import HARD_SIZE, is_hard, noise_shares, on_things
 from worker.drawing import Drawing
 
@@ -110,6 +111,71 @@ def test_the_pace_rises_stays_and_falls_to_nothing() -> None:
     assert paces[course.WARMUP_STEPS : 500] == [1.0] * (500 - course.WARMUP_STEPS)
     assert paces[500:] == sorted(paces[500:], reverse=True)
     assert paces[-1] < 0.001
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
+def test_muon_moves_matrices_as_the_one_of_torch_does(shape: tuple[int, int]) -> None:
+    torch.manual_seed(1)
+    first, gradients = torch.randn(shape), torch.randn(5, *shape)
+    ours, theirs = torch.nn.Parameter(first.clone()), torch.nn.Parameter(first.clone())
+    here = Muon([ours], lr=0.1)
+    there = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+
+    for gradient in gradients:
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        here.step()
+        there.step()  # type: ignore[no-untyped-call]
+
+    # Theirs multiplies in bfloat16, of which three digits are right.
+    moved = theirs.detach() - first
+    assert float((ours.detach() - theirs.detach()).norm() / moved.norm()) < 0.02
+
+
+def test_muon_takes_a_kernel_for_a_matrix_and_leaves_what_has_no_gradient() -> None:
+    torch.manual_seed(1)
+    first, gradient = torch.randn(4, 3, 3, 3), torch.randn(4, 3, 3, 3)
+    kernel = torch.nn.Parameter(first.clone().to(memory_format=torch.channels_last))
+    matrix = torch.nn.Parameter(first.reshape(4, -1).clone())
+    idle = torch.nn.Parameter(torch.ones(2, 2))
+    kernel.grad = gradient.to(memory_format=torch.channels_last)
+    matrix.grad = gradient.reshape(4, -1).clone()
+
+    Muon([kernel, matrix, idle], lr=0.1).step()
+
+    assert torch.equal(kernel.reshape(4, -1), matrix)
+    assert not torch.equal(kernel, first)
+    assert torch.equal(idle, torch.ones(2, 2))
+
+
+def test_an_orthogonal_matrix_keeps_directions_and_evens_out_lengths() -> None:
+    torch.manual_seed(1)
+    left, _, right = torch.linalg.svd(torch.randn(8, 8))
+    matrix = left @ torch.diag(torch.tensor([50.0, 20, 9, 5, 4, 3, 2, 1])) @ right
+
+    lengths = torch.diag(left.T @ orthogonal(matrix).float() @ right.T)
+
+    assert 0.6 < float(lengths.min()) <= float(lengths.max()) < 1.3
+
+
+@pytest.mark.parametrize(
+    ("abilities", "fastest"),
+    [
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32),
+        ({"avx2": True, "avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
+        ({"neon": True, "bf16": True}, torch.bfloat16),
+        ({"neon": True, "bf16": False}, torch.float32),
+    ],
+)
+def test_bfloat16_is_for_processors_that_multiply_in_it(
+    abilities: dict[str, bool], fastest: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: abilities)
+    a_cpu = torch.device("cpu")
+
+    with precision.mixed(a_cpu):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+
+    assert precision.fast(a_cpu) is product.dtype is fastest
 
 
 def test_noise_is_shared_out_as_the_scheduler_shifts_it() -> None:

@@ -21,6 +21,7 @@ from worker.demo import architecture
 from worker.demo.paint import Window, kept_inside, paint
 from worker.demo.scenes import Background, Colour, Ground, Scene, Shape, Sky, Thing
 from worker.demo.training.course import optimizers
+from worker.demo.training.precision import mixed
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]
 """Whole pictures, N x 3 x S x S, and of each a crop at a larger size, N x 3 x K x K, both 8
@@ -96,7 +97,7 @@ class Autoencoder:
 
     def loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, Mapping[str, float]]:
         wholes, pieces, _, _ = batch
-        with torch.autocast(wholes.device.type, dtype=torch.bfloat16):
+        with mixed(wholes.device):
             latents = self.model.encode(signed(wholes)).latent_dist.mean.float()
             drawn = drawn_from(self.model, latents, batch)
         apart, edges = differences(drawn, signed(pieces))

@@ -10,6 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from worker.demo.training.muon import Muon
+
 SAVE_STEPS = 200
 """How much is done again after an interruption, at most."""
 WARMUP_STEPS = 60
@@ -140,18 +142,8 @@ def optimizers(
     for name, weight in model.named_parameters():
         is_inner = weight.ndim >= 2 and any(part in name for part in inner)
         (matrices if is_inner else others).append(weight)
-    # Muon takes matrices only: it gets kernels flattened, in the same memory.
-    flat = [torch.nn.Parameter(weight.detach().view(len(weight), -1)) for weight in matrices]
-    muon = torch.optim.Muon(flat, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-
-    def hand_over(*_: Any) -> None:
-        for matrix, weight in zip(flat, matrices, strict=True):
-            # Nobody hears the text encoder's last layer: it learns nothing.
-            matrix.grad = None if weight.grad is None else weight.grad.reshape(matrix.shape)
-
-    muon.register_step_pre_hook(hand_over)
     adam = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.0)
-    return [muon, adam]
+    return [Muon(matrices, lr=lr), adam]
 
 
 def pace(step: int, steps: int, decay: float) -> float:

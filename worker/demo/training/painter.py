@@ -27,6 +27,7 @@ from worker.demo.paint import paint
 from worker.demo.scenes import Scene, Shape, is_held_out, jittered
 from worker.demo.training.autoencoder import picture, pixels, signed
 from worker.demo.training.course import LEARNING_RATE, optimizers
+from worker.demo.training.precision import mixed
 from worker.demo.training.questions import QUESTIONS, Taught, answers
 from worker.demo.training.reader import padded, said_by, strange
 from worker.demo.training.tokens import asked
@@ -107,7 +108,7 @@ class Sketcher:
         for place, (words, (rows, columns)) in enumerate(EXAMPLES):
             tokens, lengths = padded([asked(self._tokenizer, words)])
             device = self._encoder.device
-            with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16):
+            with torch.no_grad(), mixed(device):
                 noise = torch.randn(1, LATENT_CHANNELS, rows, columns, device=device)
                 self._velocity(noise, torch.ones(1, device=device), tokens.to(device), lengths)
             sketched = self.model.sketched(rows // 2, columns // 2)
@@ -169,7 +170,7 @@ class Sketcher:
         right: dict[str, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
         """Return the transformer's answer, what its answers to the questions cost, and each."""
-        with torch.autocast(noisy.device.type, dtype=torch.bfloat16):
+        with mixed(noisy.device):
             velocity = self._velocity(noisy, share, tokens, lengths)
         wrong = self.model.wrong({name: each.to(noisy.device) for name, each in right.items()})
         cost = torch.stack([QUESTIONS[name].weight * each for name, each in wrong.items()]).sum()
@@ -210,7 +211,7 @@ class Painter(Sketcher):
 
     def loss(self, batch: Any, step: int) -> tuple[torch.Tensor, Mapping[str, float]]:
         images, *read = batch
-        with torch.no_grad(), torch.autocast(images.device.type, dtype=torch.bfloat16):
+        with torch.no_grad(), mixed(images.device):
             latents = self._vae.encode(signed(images)).latent_dist.mean.float()
         share = noise_shares(len(latents))
         share[: round(BLANK_SHARE * len(share))] = 1.0

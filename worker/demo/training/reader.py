@@ -14,6 +14,7 @@ from worker.demo.captions import caption
 from worker.demo.meaning import HEARD, LOUD, SILENT, meaning, scene_in
 from worker.demo.scenes import Scene
 from worker.demo.training.course import optimizers
+from worker.demo.training.precision import mixed
 from worker.demo.training.tokens import asked
 
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -67,7 +68,7 @@ class Reader:
 
     def loss(self, batch: Batch, step: int) -> tuple[torch.Tensor, Mapping[str, float]]:
         tokens, lengths, meanings = batch
-        with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
+        with mixed(tokens.device):
             said = said_by(self.model, tokens).float()
         heard, others = split(said, lengths)
         wrong = (heard - meanings).pow(2).sum(-1).mean()
