@@ -55,7 +55,7 @@ def train(
     def take(lesson: Lesson) -> None:
         course.run(lesson, run, helpers=helpers, show_steps=show_steps)
 
-    steps = {name: max(2, round(count * share)) for name, count in STEPS.items()}
+    steps = {name: max(1, round(count * share)) for name, count in STEPS.items()}
     tokens = _tokenizer(run / "tokenizer", seed)
     autoencoder = Autoencoder(seed=seed, steps=steps["autoencoder"], device=device)
     take(autoencoder)
