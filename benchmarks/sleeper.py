@@ -9,6 +9,7 @@ import json
 import os
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
@@ -22,7 +23,7 @@ from worker.settings import settings
 from worker.stages import Worker
 
 
-class Unbatched:
+class Unbatched(ABC):
     """What a pipeline is that draws one image after the other, and reads a prompt byte by byte."""
 
     def read(self, prompt: str) -> Reading:
@@ -35,8 +36,9 @@ class Unbatched:
     def draw(self, drawings: Sequence[Drawing]) -> list[Picture | BaseException]:
         return [self._drawn(drawing) for drawing in drawings]
 
+    @abstractmethod
     def _drawn(self, drawing: Drawing) -> Picture | BaseException:
-        raise NotImplementedError
+        """Return the image, or why there is none."""
 
 
 class Sleeper(Unbatched):

@@ -14,6 +14,7 @@ from worker.canvas import Canvas, find_canvas
 from worker.demo import WEIGHTS
 from worker.memory import is_out_of_memory
 from worker.pipeline import TurboPipeline
+from worker.precision import multiplies_bfloat16
 from worker.switches import SAFE
 from worker.switches import Switches as Switches
 from worker.switches import switches_of as switches_of
@@ -131,13 +132,10 @@ def prepare(
 
 def choose_here(device: str, dtype: str) -> tuple[str, torch.dtype]:
     """Return what `choose` returns on this machine. Raises: ValueError."""
-    return choose(
-        device,
-        dtype,
-        cuda=torch.cuda.is_available(),
-        mps=torch.backends.mps.is_available(),
-        bfloat16=_has_bfloat16(),
-    )
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    gpu = "cuda" if cuda else "mps" if mps else None
+    bfloat16 = gpu is not None and multiplies_bfloat16(torch.device(gpu))
+    return choose(device, dtype, cuda=cuda, mps=mps, bfloat16=bfloat16)
 
 
 def choose(
@@ -145,7 +143,7 @@ def choose(
 ) -> tuple[str, torch.dtype]:
     """Return the device and the precision that `auto` stands for; anything else is kept.
 
-    `cuda` and `mps` say whether torch can use such a device, `bfloat16` whether it computes in
+    `cuda` and `mps` say whether torch can use such a device, `bfloat16` whether it multiplies in
     that. Z-Image is published in bfloat16. A GPU without it gets float32, not float16, whose range
     the weights were not made for (our choice); most CPUs only emulate both, so they get float32.
 
@@ -173,13 +171,6 @@ def _reason(error: Exception) -> str:
     if is_out_of_memory(error):
         return "it does not fit into the device's memory; ZIMAGE_OFFLOAD=model needs less"
     return speed.reason(error)
-
-
-def _has_bfloat16() -> bool:
-    """Whether the GPU of this machine computes in bfloat16: Ampere and later, or macOS 14."""
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return torch.backends.mps.is_available() and torch.backends.mps.is_macos_or_newer(14, 0)
 
 
 def device_name(device: str) -> str:

@@ -22,7 +22,7 @@ class Muon(torch.optim.Optimizer):
     """For weights of two axes or more; a kernel counts as a matrix with a row per output channel.
 
     `torch.optim.Muon` does the same, but of matrices alone and in bfloat16 alone, which a processor
-    without it only emulates: there, a step of it takes five seconds and not a tenth of one.
+    without it only emulates: on two such cores a step takes 5 s, and 0.15 s in float32.
     """
 
     def __init__(self, weights: Iterable[torch.nn.Parameter], *, lr: float) -> None:
