@@ -7,9 +7,9 @@ CPU_ABILITIES = ("amx_bf16", "avx512_bf16", "bf16")
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether `device` has instructions for it: emulated, training takes ten times as long.
+    """Whether `device` has instructions for it: emulated, a step of training takes 23 s, not 1.6 s.
 
-    NVIDIA's have from Ampere on, Apple's with macOS 14, and few processors of laptops.
+    NVIDIA's GPUs have them from Ampere on; on Apple's torch has the type from macOS 14 on.
     """
     match device.type:
         case "cuda":
