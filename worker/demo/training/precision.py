@@ -1,6 +1,6 @@
 """What the demo learns in: bfloat16 where the device multiplies in it, float32 elsewhere.
 
-It was seen to learn so on processors; on no GPU of Apple's yet.
+It was seen to learn so on processors, and on no GPU yet.
 """
 
 import torch
