@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from worker import loading
 from worker.canvas import CELL_PX, find_canvas
-from worker.demo import architecture
+from worker.demo import WEIGHTS, architecture
 from worker.demo.architecture import GRIDS
 from worker.demo.scenes import LARGE, Background, Colour, Scene, Shape, Thing
 from worker.demo.train import STEPS, train
@@ -249,3 +250,21 @@ def test_a_rehearsal_of_the_training_makes_a_model_that_the_worker_loads(tmp_pat
     before = {path: path.read_bytes() for path in model.rglob("*") if path.is_file()}
     train(tmp_path, seed=3, share=0.0001, helpers=0, show_steps=None)
     assert {path: path.read_bytes() for path in model.rglob("*") if path.is_file()} == before
+
+
+def test_a_transformer_is_trained_anew_for_the_other_parts_of_a_model(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    model = train(run, seed=3, share=0.0001, helpers=0, show_steps=None, parts_of=WEIGHTS)
+
+    assert {file.stem for file in run.glob("*.pt")} == {"sketcher", "painter", "repainter"}
+    for part in ("text_encoder", "vae"):
+        before, after = (_weights(folder / part) for folder in (WEIGHTS, model))
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    before, after = (_weights(folder / "transformer") for folder in (WEIGHTS, model))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def _weights(part: Path) -> dict[str, torch.Tensor]:
+    (file,) = part.glob("*.safetensors")
+    return load_file(file)

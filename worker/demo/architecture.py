@@ -1,11 +1,13 @@
 """The demo model's shape: the classes of Z-Image-Turbo at a thousandth of its size.
 
 The classes, the scheduler's shift and the latent channels are those of Tongyi-MAI/Z-Image-Turbo;
-the sizes are our choice, for two cores. the card beside the weights says what came of it.
+the sizes are our choice, for two cores. The card beside the weights says what came of it.
 """
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
@@ -87,6 +89,15 @@ def text_encoder(vocabulary: int) -> Qwen3Model:
 
 def transformer() -> ZImageTransformer2DModel:
     return ZImageTransformer2DModel(**TRANSFORMER)
+
+
+def parts(model: Path, device: str) -> tuple[Qwen2Tokenizer, Qwen3Model, AutoencoderKL]:
+    """Return what a saved model has besides its transformer, in single precision."""
+    return (
+        Qwen2Tokenizer.from_pretrained(model / "tokenizer"),
+        Qwen3Model.from_pretrained(model / "text_encoder", dtype=torch.float32).to(device),
+        AutoencoderKL.from_pretrained(model / "vae", torch_dtype=torch.float32).to(device),
+    )
 
 
 def pipeline(

@@ -125,7 +125,9 @@ def run(lesson: Lesson, folder: Path, *, show_steps: int | None = 500, helpers: 
         if show_steps and ((step + 1) % show_steps == 0 or ended):
             learned = deepcopy(lesson.model.state_dict())
             lesson.model.load_state_dict(average)
-            lesson.show(folder, step + 1)
+            # Not compiled for the shapes of a few sheets.
+            with torch.compiler.set_stance("force_eager"):
+                lesson.show(folder, step + 1)
             lesson.model.load_state_dict(learned)
     lesson.model.load_state_dict(average)
 

@@ -260,7 +260,7 @@ class Painter(Sketcher):
 
 
 class Repainter(Painter):
-    """And once more, for the autoencoder's last latents, with an eye to things."""
+    """And goes on with an eye to things, and to scenes that are hard."""
 
     name = "repainter"
     decay = 0.9
