@@ -137,7 +137,9 @@ def main() -> None:
         help="take all but the transformer from a model, and train that alone",
     )
     parser.add_argument(
-        "--compiled", action="store_true", help="compile it: faster, and needs a C++ compiler"
+        "--compiled",
+        action="store_true",
+        help="compile it: faster on CPUs, and needs a C++ compiler",
     )
     parser.add_argument(
         "--install", action="store_true", help=f"then put it in the place of {WEIGHTS.name}/"
