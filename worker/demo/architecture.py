@@ -93,11 +93,14 @@ def transformer() -> ZImageTransformer2DModel:
 
 def parts(model: Path, device: str) -> tuple[Qwen2Tokenizer, Qwen3Model, AutoencoderKL]:
     """Return what a saved model has besides its transformer, in single precision."""
-    return (
-        Qwen2Tokenizer.from_pretrained(model / "tokenizer"),
-        Qwen3Model.from_pretrained(model / "text_encoder", dtype=torch.float32).to(device),
-        AutoencoderKL.from_pretrained(model / "vae", torch_dtype=torch.float32).to(device),
+    saved = ZImagePipeline.from_pretrained(
+        model,
+        transformer=None,
+        dtype=torch.float32,
+        use_safetensors=True,  # never a pickle, which can run code
     )
+    saved.to(device)
+    return saved.tokenizer, saved.text_encoder, saved.vae
 
 
 def pipeline(
